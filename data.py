@@ -1,0 +1,379 @@
+"""Instructions and preferences in, padded token batches out: everything between a data file and a model.
+
+Paper section 2.1: the stages of RLHF train on splits of Alpaca-52K, in AlpacaFarm's JSON format and Alpaca's prompts.
+This module reads those files (or the same records as JSON lines), renders prompts, tokenises them, and deals out
+instruction indices for PPO in an order that a checkpoint can resume. It imports nothing of ours:
+`from data import load_instructions, load_tokenizer, tokenize_prompts`.
+
+Departures from the released code:
+  * A tokenizer without a pad token gets none added, as that would change the size of the vocabulary: pad is unk, or
+    else EOS. Every mask here is built from lengths and never from pad ids, so pad = EOS is legal.
+  * Prompt and response are tokenised apart, as generation sees them, and the joint text gives the same ids: a text
+    without BOS counts as the continuation of another, without the space that SentencePiece puts before a new text.
+  * The instruction order depends only on (seed, epoch), so that a few integers resume it exactly.
+
+B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------- data files
+
+
+def load_instructions(path: str | Path, need_output: bool = False) -> list[dict]:
+    """Read AlpacaFarm records {instruction, input, output}: a JSON list, or one JSON object a line.
+
+    `input` may be missing or null (it becomes ""), `output` too unless `need_output`; other fields are kept.
+    Raises FileNotFoundError or ValueError with one line that names file, record (counted from 0) and field.
+    """
+    records = []
+    for where, record in _read_records(Path(path)):
+        record = _with_prompt_fields(where, record)
+        if need_output or record.get("output") is not None:
+            _check_text(where, record, "output")
+        records.append(record)
+    return records
+
+
+def load_preferences(path: str | Path) -> list[dict]:
+    """Read AlpacaFarm pairs {instruction, input, output_1, output_2, preference}: 1 or 2, the better output.
+
+    Format and errors as in `load_instructions`. Ties (0, 1.5, null) are an error: the loss has no use for them.
+    """
+    records = []
+    for where, record in _read_records(Path(path)):
+        record = _with_prompt_fields(where, record)
+        _check_text(where, record, "output_1")
+        _check_text(where, record, "output_2")
+        preference = record.get("preference")
+        if isinstance(preference, bool) or preference not in (1, 2):
+            raise ValueError(f"{where}: field 'preference' is {preference!r}; it must be 1 or 2 (leave ties out)")
+        records.append({**record, "preference": int(preference)})
+    return records
+
+
+def _read_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yield ("file: record i", object) for a JSON list or JSON lines."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file; give a JSON list of records, or one JSON object a line")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty; give a JSON list of records, or one JSON object a line")
+    records = _parse_list(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text)
+    if not records:
+        raise ValueError(f"{path}: the list holds no records")
+    for i, record in enumerate(records):
+        where = f"{path}: record {i}"
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: expected an object with an 'instruction', found {type(record).__name__}")
+        yield where, record
+
+
+def _parse_list(path: Path, text: str) -> list:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+
+
+def _parse_lines(path: Path, text: str) -> list:
+    records = []
+    # Not splitlines(): it also splits at U+2028 and the like, which may stand unescaped inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: neither a JSON list nor JSON lines: {error.msg} "
+                             f"(line {number}, column {error.colno})") from None
+    return records
+
+
+def _with_prompt_fields(where: str, record: dict) -> dict:
+    _check_text(where, record, "instruction")
+    if not record["instruction"].strip():
+        raise ValueError(f"{where}: field 'instruction' is empty; every record needs one")
+    record = {**record, "input": "" if record.get("input") is None else record["input"]}
+    _check_text(where, record, "input")
+    return record
+
+
+def _check_text(where: str, record: dict, field: str) -> None:
+    if field not in record:
+        raise ValueError(f"{where}: field '{field}' is missing; found {', '.join(map(str, record)) or 'no fields'}")
+    if not isinstance(record[field], str):
+        raise ValueError(f"{where}: field '{field}' is {type(record[field]).__name__}; it must be a string")
+
+
+# ------------------------------------------------------------------------------------------------------- prompts
+
+
+class Template(NamedTuple):
+    """Two prompt texts with the slots {instruction} and {input}, and what stands between prompt and response.
+
+    `before_response` belongs to the response: a prompt that ended in a space would cut the first word off its space.
+    """
+
+    with_input: str
+    without_input: str
+    before_response: str = ""
+
+
+# Alpaca's published prompts, letter by letter (no newline after the last colon): its checkpoints know no others.
+ALPACA = Template(
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:",
+)
+TEMPLATES: dict[str, Template] = {
+    "alpaca": ALPACA,
+    # The miniature world's: a response's first word is the same piece as inside a sentence, so it is learned only once.
+    "tiny": ALPACA._replace(before_response=" "),
+}
+
+
+def get_template(template: str | Template) -> Template:
+    """A template by name (TEMPLATES), or from a JSON file of AlpacaFarm's form: prompt_inputs, prompt_noinputs."""
+    if isinstance(template, Template):
+        return template
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    if not Path(template).is_file():
+        raise ValueError(f"template {template!r}: neither a file nor one of {', '.join(TEMPLATES)}, chat")
+    try:
+        texts = json.loads(Path(template).read_text(encoding="utf-8"))
+        found = Template(texts["prompt_inputs"], texts["prompt_noinputs"], texts.get("before_response", ""))
+        found.with_input.format(instruction="", input=""), found.without_input.format(instruction="")
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise ValueError(f"{template}: a template file is JSON with prompt_inputs (slots {{instruction}} and {{input}})"
+                         f" and prompt_noinputs ({{instruction}} only): {type(error).__name__} {error}") from None
+    return found
+
+
+def format_prompt(example: dict, template: str | Template = "alpaca", tokenizer: "Tokenizer | None" = None) -> str:
+    """The prompt text of one {instruction, input}; the name "chat" means the chat template of the tokenizer given."""
+    instruction, context = example["instruction"], example.get("input") or ""
+    if template == "chat":
+        if tokenizer is None or tokenizer.render_chat is None:
+            raise ValueError(f"template 'chat': the tokenizer has no chat template; choose {' or '.join(TEMPLATES)}")
+        return tokenizer.render_chat(f"{instruction}\n\n{context}" if context else instruction)
+    chosen = get_template(template)
+    if context:
+        return chosen.with_input.format(instruction=instruction, input=context)
+    return chosen.without_input.format(instruction=instruction)
+
+
+def encode_pair(example: dict, response: str, tokenizer: "Tokenizer",
+                template: str | Template = "alpaca") -> tuple[list[int], list[int]]:
+    """(prompt ids from BOS, response ids through EOS), for SFT and reward training alike: one text, one spelling."""
+    before = "" if template == "chat" else get_template(template).before_response
+    prompt_ids = tokenizer.encode(format_prompt(example, template, tokenizer), bos=True)
+    return prompt_ids, tokenizer.encode(before + response, bos=False, eos=True)
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizers
+
+
+class Tokenizer:
+    """One thin face for SentencePiece and transformers' tokenizers.
+
+    encode(text, bos=True, eos=False) -> ids; decode(ids) -> text; bos_token_id (None where there is none),
+    eos_token_id, pad_token_id; vocab_size, also len(). bos=True begins a text the way this tokenizer begins texts
+    (SmolLM2's adds no BOS); bos=False continues one.
+    """
+
+    def __init__(self, to_ids: Callable[[str], list[int]], to_text: Callable[[list[int]], str], vocab_size: int,
+                 bos_token_id: int | None, eos_token_id: int, pad_token_id: int, adds_bos: bool = True,
+                 render_chat: Callable[[str], str] | None = None) -> None:
+        self._to_ids, self._to_text, self._adds_bos, self.render_chat = to_ids, to_text, adds_bos, render_chat
+        self.vocab_size, self.bos_token_id = vocab_size, bos_token_id
+        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+        self._newline = to_ids("\n")
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """Token ids of `text`; `bos` starts a new text (never with two BOS), `eos` ends it."""
+        ids = self._to_ids(text) if bos else self._continuation(text)
+        # A chat template may have written BOS into the text already.
+        if bos and self._adds_bos and ids[:1] != [self.bos_token_id]:
+            ids = [self.bos_token_id, *ids]
+        return [*ids, self.eos_token_id] if eos else ids
+
+    def _continuation(self, text: str) -> list[int]:
+        """Ids of `text` as they stand inside a longer text. SentencePiece puts a space before whatever it is given;
+        behind a newline the space goes to the newline, which is then cut off. Where the newline merges with the text
+        (byte-level BPE) there is no such space to avoid."""
+        ids, n = self._to_ids("\n" + text), len(self._newline)
+        return ids[n:] if ids[:n] == self._newline else self._to_ids(text)
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Text of `ids` without BOS, EOS and padding. Ids past the vocabulary (an embedding may have more rows) are
+        skipped: a policy can sample them, and a run should not end there."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else ids
+        skipped = {self.bos_token_id, self.eos_token_id, self.pad_token_id}
+        return self._to_text([i for i in ids if i not in skipped and i < self.vocab_size])
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory (or a SentencePiece file).
+
+    `tokenizer.model` alone is read with sentencepiece (LLaMA's own way, and it imports in a fraction of the time);
+    where `tokenizer.json` or `added_tokens.json` lies beside it, transformers reads them. Padding: the tokenizer's own
+    token, else unk, else EOS. Unk comes before EOS because LLaMA never emits it, so padding stays recognisable.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such tokenizer; give a directory with tokenizer.model or tokenizer.json")
+    if path.is_file():
+        return _sentencepiece_tokenizer(path)
+    extra = [name for name in ("tokenizer.json", "added_tokens.json") if (path / name).is_file()]
+    if (path / "tokenizer.model").is_file() and not extra:
+        return _sentencepiece_tokenizer(path / "tokenizer.model")
+    return _transformers_tokenizer(path)
+
+
+def _sentencepiece_tokenizer(file: Path) -> Tokenizer:
+    import sentencepiece
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except RuntimeError as error:
+        raise ValueError(f"{file}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
+    bos, eos = pieces.bos_id(), pieces.eos_id()
+    if min(bos, eos) < 0:
+        raise ValueError(f"{file}: the SentencePiece model has no BOS or no EOS (ids {bos}, {eos}); train it with both")
+    pad = next(i for i in (pieces.pad_id(), pieces.unk_id(), eos) if i >= 0)
+    return Tokenizer(pieces.encode, pieces.decode, pieces.vocab_size(), bos, eos, pad)
+
+
+def _transformers_tokenizer(path: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: no tokenizer that transformers can read ({str(error).splitlines()[0]})") from None
+    if hf.eos_token_id is None:
+        raise ValueError(f"{path}: the tokenizer has no EOS token; responses could not end")
+    pad = next(i for i in (hf.pad_token_id, hf.unk_token_id, hf.eos_token_id) if i is not None)
+    adds_bos = hf.bos_token_id is not None and hf("a")["input_ids"][:1] == [hf.bos_token_id]
+
+    def render_chat(text: str) -> str:
+        return hf.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+
+    return Tokenizer(
+        to_ids=lambda text: hf(text, add_special_tokens=False)["input_ids"],
+        to_text=lambda ids: hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        vocab_size=len(hf), bos_token_id=hf.bos_token_id, eos_token_id=hf.eos_token_id, pad_token_id=pad,
+        adds_bos=adds_bos, render_chat=render_chat if hf.chat_template else None,
+    )
+
+
+class Prompts(NamedTuple):
+    """`ids[i]` are the prompt tokens of `examples[i]`; `dropped` counts the instructions that were too long."""
+
+    ids: list[list[int]]
+    examples: list[dict]
+    dropped: int
+
+
+def tokenize_prompts(examples: Sequence[dict], tokenizer: Tokenizer, template: str | Template = "alpaca",
+                     max_tokens: int = 192) -> Prompts:
+    """Tokenise every prompt; those of more than `max_tokens` tokens are dropped, never cut, as in the released code.
+
+    Raises ValueError where none is left.
+    """
+    if template != "chat":
+        template = get_template(template)
+    ids = [tokenizer.encode(format_prompt(example, template, tokenizer), bos=True) for example in examples]
+    kept = [i for i, prompt in enumerate(ids) if len(prompt) <= max_tokens]
+    if not kept:
+        shortest = min(map(len, ids), default=0)
+        raise ValueError(f"max_tokens = {max_tokens}: all {len(ids)} prompts are longer (the shortest has {shortest})")
+    return Prompts([ids[i] for i in kept], [examples[i] for i in kept], len(ids) - len(kept))
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def left_pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts for generation, which goes on at the right edge: (input_ids, attention_mask), both (B, S), mask bool."""
+    return _pad(sequences, pad_id, left=True)
+
+
+def right_pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Whole sequences for training: (input_ids, attention_mask), both (B, S), mask bool."""
+    return _pad(sequences, pad_id, left=False)
+
+
+def _pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
+    if not sequences or min(map(len, sequences)) == 0:
+        raise ValueError(f"cannot pad: {'no sequences' if not sequences else 'a sequence without tokens'}")
+    longest = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+    # From lengths, never `input_ids != pad_id`: where pad = EOS that would hide the real EOS.
+    attention_mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        span = slice(longest - len(sequence), None) if left else slice(len(sequence))
+        input_ids[row, span] = torch.as_tensor(sequence, dtype=torch.long)
+        attention_mask[row, span] = True
+    return input_ids, attention_mask
+
+
+class PromptStream:
+    """Endless batches of indices into n instructions: every epoch visits each once, in an order set by (seed, epoch).
+
+    A batch may reach into the next epoch, so none is short and no instruction is skipped. `state_dict()` is four
+    integers; a stream that loads them continues exactly where the saved one stood.
+    """
+
+    def __init__(self, n: int, seed: int = 0) -> None:
+        if n < 1:
+            raise ValueError(f"PromptStream: n = {n}; at least one instruction is needed")
+        self.n, self.seed, self.epoch, self.position = n, seed, 0, 0
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> list[int]:
+        # One generator an epoch: with a single running one, resuming would have to replay every epoch before.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(self.n, generator=generator).tolist()
+
+    def next_batch(self, batch_size: int) -> list[int]:
+        """The next `batch_size` indices."""
+        batch: list[int] = []
+        while len(batch) < batch_size:
+            if self.position == self.n:
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._shuffled()
+            taken = self._order[self.position:self.position + batch_size - len(batch)]
+            self.position += len(taken)
+            batch += taken
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands, for a checkpoint."""
+        return {"n": self.n, "seed": self.seed, "epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from `state`. Raises ValueError when it was saved over another number of instructions."""
+        if state["n"] != self.n:
+            raise ValueError(f"cannot resume: the checkpoint counts {state['n']} instructions, the data has {self.n}; "
+                             "give the same data file, template and maximum prompt length")
+        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
+        self._order = self._shuffled()

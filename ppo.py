@@ -1,0 +1,482 @@
+"""PPO for language models, in the order in which it runs: rollout → shaped rewards → advantages → update.
+
+Sun, Gupta and Iyyer (2023), section 3; Schulman et al. (2017) for the losses. Pure functions of tensors and callables:
+`collect` makes one rollout, `update` takes the optimiser steps on it, and a training loop is those two lines.
+
+A model is any callable that takes tensors on its own device (attention_mask is 1 at real tokens):
+
+    policy(input_ids, attention_mask, keep) -> logits (B, keep, V) of the last `keep` positions; `reference` is alike
+    value(input_ids, attention_mask) -> (B, S);   reward(input_ids, attention_mask) -> (B,)
+    generate(prompts, prompt_mask) -> responses (B, up to T), sampled from the policy at config.temperature
+
+so a Hugging Face model needs one line, `lambda ids, mask, keep: hf(ids, mask, logits_to_keep=keep).logits`. Dropout is
+the caller's: put the models in eval mode for `collect` and in train mode for `update`. So is the learning rate: set it
+once per PPO step (`learning_rate` below), not per optimiser step, which is how the released code counts too.
+
+Departures from the released code, each explained where it happens: padding counts nowhere; gradients accumulate over
+distinct micro-batches; whitened rewards are scaled, not shifted; the logged KL is unclamped.
+
+Shapes: B batch, P prompt length (left-padded), T response length (right-padded), S = P + T sequence, V vocabulary.
+`mask` is (B, T) and true through the first EOS. Log-probabilities, values, rewards and losses are float32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Stats = dict[str, Tensor]
+Progress = Callable[[str, int], None]  # called with ("generate" | "score" | "update", number of responses just done)
+
+
+def setting(default, unit: str, help: str):
+    """A configuration field; the training program makes its command-line flag and --help line from the metadata."""
+    return field(default=default, metadata={"unit": unit, "help": help})
+
+
+@dataclass
+class PPOConfig:
+    """Every number of PPO, with the paper's value (section 2.2) or, where it is silent, the released code's."""
+
+    rollout_batch_size: int = setting(256, "responses", "sampled per PPO step")
+    step_batch_size: int = setting(128, "responses", "per optimiser step; the released code in effect uses 16")
+    micro_batch_size: int = setting(8, "responses", "per forward and backward pass; changes memory, not the gradient")
+    rollout_micro_batch_size: int = setting(32, "responses", "generated or scored at once; changes memory only")
+    ppo_epochs: int = setting(2, "epochs", "passes over each rollout")
+    response_length: int = setting(300, "tokens", "longest response that is sampled")
+    temperature: float = setting(1.0, "", "divides the logits in sampling and in every log-probability alike")
+    missing_eos_penalty: float | None = setting(None, "reward", "score of a response without EOS; None: its own")
+    beta: float = setting(0.02, "reward/nat", "coefficient of the penalty (Eq. 3)")
+    kl_target: float | None = setting(None, "nats/token", "KL towards which beta adapts; None: beta stays fixed")
+    kl_horizon: float = setting(10_000, "responses", "the larger, the slower an adaptive beta moves")
+    gamma: float = setting(1.0, "", "discount per token")
+    lam: float = setting(0.95, "", "GAE's lambda: 0 trusts the value model, 1 the observed rewards")
+    whiten_rewards: bool = setting(True, "", "scale shaped rewards to unit deviation over the rollout")
+    cliprange: float = setting(0.2, "", "how far the probability ratio may leave 1 (epsilon of Eq. 2)")
+    cliprange_value: float = setting(0.2, "reward", "how far a value may leave the rollout's")
+    vf_coef: float = setting(0.1, "", "weight of the value loss")
+    max_grad_norm: float = setting(1.0, "", "gradients longer than this are scaled down to it")
+    learning_rate: float = setting(1e-5, "", "peak; rises over warmup_steps, then falls linearly to the last step")
+    warmup_steps: int = setting(5, "PPO steps", "until the peak learning rate")
+    adam_eps: float = setting(1e-5, "", "Adam's epsilon")
+
+    def __post_init__(self) -> None:
+        for name in ("rollout_batch_size", "step_batch_size", "micro_batch_size", "rollout_micro_batch_size",
+                     "ppo_epochs", "response_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: must be at least 1")
+        for name in ("temperature", "cliprange", "cliprange_value", "max_grad_norm", "learning_rate", "adam_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: must be above 0")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: must be from 0 to 1")
+        if self.kl_target is not None and not self.kl_target > 0:
+            raise ValueError(f"kl_target is {self.kl_target}: must be above 0, or None for a fixed beta")
+        if self.kl_horizon < self.rollout_batch_size:  # beta would jump, and could turn negative
+            raise ValueError(f"kl_horizon {self.kl_horizon} is below rollout_batch_size {self.rollout_batch_size}")
+        require_divisible("rollout_batch_size", self.rollout_batch_size, "step_batch_size", self.step_batch_size)
+        require_divisible("step_batch_size", self.step_batch_size, "micro_batch_size", self.micro_batch_size)
+
+
+def require_divisible(whole: str, size: int, part: str, part_size: int) -> None:
+    """Raises ValueError with both names and values: a remainder would be dropped or weighted unlike the rest."""
+    if size % part_size:
+        raise ValueError(f"{whole} {size} is not a multiple of {part} {part_size}")
+
+
+@dataclass
+class Rollout:
+    """One batch of experience, on the policy's device. Everything behind a response's EOS is 0 (ids: the pad id)."""
+
+    prompts: Tensor         # (B, P) token ids, left-padded
+    prompt_mask: Tensor     # (B, P) 1 at real tokens
+    responses: Tensor       # (B, T) token ids, right-padded
+    mask: Tensor            # (B, T) bool, true through the first EOS
+    finished: Tensor        # (B,)   bool, the response holds an EOS
+    logprobs: Tensor        # (B, T) log π_old of the sampled tokens
+    ref_logprobs: Tensor    # (B, T) log π_ref of the sampled tokens
+    values: Tensor          # (B, T) predicted at the position before each token
+    scores: Tensor          # (B,)   what the reward model said, raw
+    penalties: Tensor       # (B, T) the divergence estimator's values, without β
+    rewards: Tensor         # (B, T) Eq. 3, scaled if whiten_rewards
+    advantages: Tensor      # (B, T) whitened over the whole rollout
+    returns: Tensor         # (B, T) what the value model should have predicted
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def micro_batch(self, rows: Tensor) -> "Rollout":
+        """The given rows, without the padding that they all share: their cost follows their real tokens."""
+        start, stop = first_column(self.prompt_mask[rows]), longest(self.mask[rows])
+        cut = {}
+        for f in fields(self):
+            x = getattr(self, f.name)[rows]
+            cut[f.name] = x if x.ndim == 1 else x[:, start:] if f.name.startswith("prompt") else x[:, :stop]
+        return Rollout(**cut)
+
+
+def first_column(prompt_mask: Tensor) -> int:
+    """Where the longest of the left-padded prompts begins: what stands before is padding in every row."""
+    return int(prompt_mask.bool().any(0).int().argmax())
+
+
+def longest(mask: Tensor) -> int:
+    """Length of the longest response: what stands behind is padding in every row."""
+    return int(mask.sum(1).max())
+
+
+def real(x: Tensor, mask: Tensor) -> Tensor:
+    """x in float32, 0 in the padding. Filling, not multiplying, keeps even a NaN there out of sums and gradients.
+
+    Raises ValueError unless x has the mask's shape: broadcasting would train on the wrong tokens without a word.
+    """
+    if x.shape != mask.shape:
+        raise ValueError(f"expected the mask's shape {tuple(mask.shape)} (B, T), got {tuple(x.shape)}")
+    return x.float().masked_fill(~mask.bool(), 0.0)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over real tokens: each token counts alike, whichever response it is in."""
+    return real(x, mask).sum() / mask.sum()
+
+
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Population variance over real tokens."""
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout (section 3.1): sample, then let all four models read what was sampled
+
+
+def sample(generate: Callable, prompts: Tensor, prompt_mask: Tensor, eos_token_id: int, pad_token_id: int,
+           chunk_size: int, progress: Progress) -> tuple[Tensor, Tensor]:
+    """Responses (B, T) and their mask, generated chunk_size rows at a time, without the padding that a chunk shares."""
+    chunks = []
+    for rows in torch.arange(len(prompts), device=prompts.device).split(chunk_size):
+        start = first_column(prompt_mask[rows])
+        responses = generate(prompts[rows, start:], prompt_mask[rows, start:])
+        mask = response_mask(responses, eos_token_id)
+        chunks.append((responses.masked_fill(~mask, pad_token_id), mask))  # whatever was sampled behind EOS is gone
+        progress("generate", len(rows))
+    width = max(responses.shape[1] for responses, _ in chunks)  # a chunk may end early, when all its rows have
+    return (torch.cat([F.pad(ids, (0, width - ids.shape[1]), value=pad_token_id) for ids, _ in chunks]),
+            torch.cat([F.pad(mask, (0, width - mask.shape[1]), value=False) for _, mask in chunks]))
+
+
+def response_mask(responses: Tensor, eos_token_id: int) -> Tensor:
+    """(B, T) token ids → (B, T) bool, true through and including the first EOS.
+
+    It never looks at pad ids: where pad = EOS, as in many tokenizers, a mask from pad ids would drop the EOS itself,
+    and with it the token that carries the score.
+    """
+    is_eos = (responses == eos_token_id).long()
+    return is_eos.cumsum(1) - is_eos == 0  # no EOS strictly before this token
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Log-probability of each token under softmax(logits / temperature): (B, T, V), (B, T) → (B, T), float32."""
+    return pick(log_distribution(logits, temperature), tokens)
+
+
+def log_distribution(logits: Tensor, temperature: float) -> Tensor:
+    """(B, T, V) → (B, T, V), float32, at the temperature of sampling, in rollout and update alike.
+
+    Without the division, the ratio of Eq. 2 would compare two distributions from neither of which anything was sampled.
+    (Hence no top-p or top-k either: this could not follow them.)
+    """
+    return (logits.float() / temperature).log_softmax(-1)
+
+
+def pick(log_pi: Tensor, tokens: Tensor) -> Tensor:
+    """The entries of the sampled tokens: (B, T, V), (B, T) → (B, T)."""
+    return log_pi.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def join(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask (B, S); tokens behind EOS are masked out, whatever their id."""
+    return torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1)
+
+
+def response_logits(model: Callable, sequence: Tensor, attention: Tensor, n: int) -> Tensor:
+    """The logits (B, n, V) from which the last n tokens were drawn: those one position before each."""
+    return model(sequence, attention, n + 1)[:, :-1]
+
+
+def response_values(value: Callable, sequence: Tensor, attention: Tensor, n: int) -> Tensor:
+    """Values (B, n), float32, one position before each of the last n tokens: what to expect as the token is chosen."""
+    return value(sequence, attention)[:, -n - 1:-1].float()
+
+
+@torch.no_grad()
+def score(policy: Callable, value: Callable, reference: Callable, reward: Callable,
+          prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor, *,
+          temperature: float, policy_device, reference_device) -> dict[str, Tensor]:
+    """What the four models say of given responses: logprobs, ref_logprobs, values (B, T) and scores (B,).
+
+    Policy and value read the sequences on policy_device, reference and reward on reference_device; every result ends on
+    policy_device. The old log-probabilities are computed here, by the forward pass that the update uses, not taken from
+    the sampler, whose KV cache rounds differently: otherwise the ratio would not start at 1.
+    """
+    sequence, attention = join(prompts, prompt_mask, responses, mask)
+    here = sequence.to(policy_device), attention.to(policy_device)
+    there = sequence.to(reference_device), attention.to(reference_device)
+    n = responses.shape[1]
+    ref_logprobs = token_logprobs(response_logits(reference, *there, n), there[0][:, -n:], temperature)
+    return {
+        "logprobs": token_logprobs(response_logits(policy, *here, n), here[0][:, -n:], temperature),
+        "ref_logprobs": ref_logprobs.to(policy_device),
+        "values": response_values(value, *here, n),
+        "scores": reward(*there).float().to(policy_device),
+    }
+
+
+def shape_rewards(scores: Tensor, penalties: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Eq. 3: [0 0 ... score] − β · penalty; (B,), (B, T), (B, T) → (B, T). The score lands on the last real token."""
+    if scores.shape != mask.shape[:1]:
+        raise ValueError(f"scores must be {tuple(mask.shape[:1])} (B,), got {tuple(scores.shape)}")
+    mask = mask.bool()
+    is_last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    return real(scores.unsqueeze(1).expand(mask.shape), is_last) - beta * real(penalties, mask)
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Unit deviation over real tokens, and zero mean if shift_mean; padding becomes 0. (B, T), (B, T) → (B, T)
+
+    Without shift_mean this is a pure scale: 0 stays 0. The released code computes (x − mean) / std + mean, which moves
+    every token's reward by mean · (1 − 1/std) and so pays or charges the policy for length.
+    """
+    centred = x - masked_mean(x, mask) if shift_mean else x
+    return real(centred, mask) * torch.rsqrt(masked_variance(x, mask) + 1e-8)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = PPOConfig.gamma,
+        lam: float = PPOConfig.lam) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, Eq. 16): (B, T) each → advantages, returns (B, T).
+
+    δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γλ A_{t+1}. Nothing follows EOS, so the value there is 0.
+    """
+    rewards, values = real(rewards, mask), real(values, mask)
+    next_values = F.pad(values[:, 1:], (0, 1))
+    deltas = rewards + gamma * next_values - values
+    advantage, backwards = torch.zeros_like(deltas[:, 0]), []
+    for delta in deltas.unbind(1)[::-1]:
+        advantage = delta + gamma * lam * advantage
+        backwards.append(advantage)
+    advantages = torch.stack(backwards[::-1], 1)
+    return advantages, advantages + values
+
+
+@torch.no_grad()
+def collect(policy: Callable, value: Callable, reference: Callable, reward: Callable, generate: Callable,
+            penalty: Callable, prompts: Tensor, prompt_mask: Tensor, config: PPOConfig, *,
+            eos_token_id: int, pad_token_id: int, policy_device, reference_device, beta: float | None = None,
+            progress: Progress = lambda phase, n: None) -> Rollout:
+    """Samples one response to each prompt (B, P) and works out what it was worth (section 3.1, "Rollout").
+
+    penalty(logprobs, ref_logprobs) → (B, T) is the divergence estimator; beta, its coefficient, is config.beta unless
+    given (an adaptive one changes from step to step). The module docstring tells the form of the five callables.
+    """
+    prompts, prompt_mask = prompts.to(policy_device), prompt_mask.to(policy_device)
+    chunk_size = config.rollout_micro_batch_size
+    responses, mask = sample(generate, prompts, prompt_mask, eos_token_id, pad_token_id, chunk_size, progress)
+    scored = []
+    order = mask.sum(1).argsort(stable=True)  # responses of like length together: little padding to compute
+    for rows in order.split(chunk_size):
+        start, stop = first_column(prompt_mask[rows]), longest(mask[rows])
+        chunk = score(policy, value, reference, reward, prompts[rows, start:], prompt_mask[rows, start:],
+                      responses[rows, :stop], mask[rows, :stop], temperature=config.temperature,
+                      policy_device=policy_device, reference_device=reference_device)
+        scored.append({k: x if k == "scores" else F.pad(x, (0, mask.shape[1] - stop)) for k, x in chunk.items()})
+        progress("score", len(rows))
+    unsort = order.argsort()
+    said = {name: torch.cat([chunk[name] for chunk in scored])[unsort] for name in scored[0]}
+    scores = said.pop("scores")
+    said = {name: real(x, mask) for name, x in said.items()}
+
+    finished = (mask & (responses == eos_token_id)).any(1)  # token ids: decoded text may hide or imitate an EOS
+    missing = config.missing_eos_penalty
+    judged = scores if missing is None else scores.masked_fill(~finished, missing)
+    penalties = real(penalty(said["logprobs"], said["ref_logprobs"]), mask)
+    rewards = shape_rewards(judged, penalties, mask, config.beta if beta is None else beta)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, said["values"], mask, config.gamma, config.lam)
+    return Rollout(prompts, prompt_mask, responses, mask, finished, scores=scores, penalties=penalties, rewards=rewards,
+                   advantages=whiten(advantages, mask), returns=returns, **said)
+
+
+def rollout_stats(rollout: Rollout) -> dict[str, float]:
+    """What the rollout shows before any update; means over real tokens, except score, length (tokens) and finished.
+
+    kl_k1 and kl_k3 are nats per token as measured, unclamped, whatever penalty is trained with. kl_k1 may be negative:
+    an unlucky sample of a positive quantity, no error. kl_k3 estimates the same and can't.
+    """
+    mask = rollout.mask
+    gap = rollout.logprobs - rollout.ref_logprobs
+    stats = {
+        "score_mean": rollout.scores.mean(),
+        "score_std": rollout.scores.std(correction=0),
+        "penalty": masked_mean(rollout.penalties, mask),
+        "kl_k1": masked_mean(gap, mask),
+        "kl_k3": masked_mean(torch.expm1(-gap) + gap, mask),
+        "length": mask.sum(1).float().mean(),
+        "finished": rollout.finished.float().mean(),
+        "explained_variance": 1 - masked_variance(rollout.returns - rollout.values, mask)
+        / masked_variance(rollout.returns, mask).clamp(min=1e-8),
+    }
+    return {name: x.item() for name, x in stats.items()}
+
+
+@torch.no_grad()
+def self_check(policy: Callable, rollout: Rollout, config: PPOConfig) -> dict[str, float]:
+    """Before the first update and in eval mode both are 0 within float error, or masks, positions or dropout are wrong.
+
+    ratio_error: largest |ratio − 1| when the update's forward pass reads one micro-batch, spread over the rollout (so
+    that its padding is not what it was in collect). reference_gap: largest |log π − log π_ref| of the whole rollout.
+    """
+    rows = torch.arange(0, len(rollout), max(1, len(rollout) // config.micro_batch_size))[:config.micro_batch_size]
+    batch = rollout.micro_batch(rows.to(rollout.mask.device))
+    sequence, attention = join(batch.prompts, batch.prompt_mask, batch.responses, batch.mask)
+    logits = response_logits(policy, sequence, attention, batch.mask.shape[1])
+    logprobs = token_logprobs(logits, batch.responses, config.temperature)
+    return {"ratio_error": real((logprobs - batch.logprobs).expm1(), batch.mask).abs().max().item(),
+            "reference_gap": (rollout.logprobs - rollout.ref_logprobs).abs().max().item()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation (section 3.1): a few epochs over the rollout, never far from the policy that sampled it
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+                cliprange: float = PPOConfig.cliprange) -> tuple[Tensor, Stats]:
+    """Eq. 2, negated to be minimised: −min(r A, clip(r, 1 − ε, 1 + ε) A), mean over real tokens. (B, T) each → scalar.
+
+    approx_kl is the Bregman (k3) estimate of KL(π_old‖π), nats per token: how far the update has moved the policy.
+    """
+    logprobs, old_logprobs, advantages = real(logprobs, mask), real(old_logprobs, mask), real(advantages, mask)
+    log_r = logprobs - old_logprobs
+    r = log_r.exp()
+    unclipped, clipped = -advantages * r, -advantages * r.clamp(1 - cliprange, 1 + cliprange)
+    loss = masked_mean(torch.maximum(unclipped, clipped), mask)
+    with torch.no_grad():
+        stats = {
+            "clip_fraction": masked_mean(clipped > unclipped, mask),
+            "approx_kl": masked_mean(log_r.expm1() - log_r, mask),
+            "ratio_mean": masked_mean(r, mask),
+            "ratio_max": real(r, mask).max(),
+        }
+    return loss, {"policy_loss": loss.detach(), **stats}
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
+               cliprange: float = PPOConfig.cliprange_value) -> tuple[Tensor, Stats]:
+    """½ max((V − R)², (V_near − R)²), mean over real tokens; V_near is V kept within cliprange of the rollout's value.
+
+    The maximum is pessimistic like Eq. 2's minimum: moving further than cliprange earns nothing. (B, T) each → scalar.
+    """
+    values, old_values, returns = real(values, mask), real(old_values, mask), real(returns, mask)
+    near = torch.clamp(values, old_values - cliprange, old_values + cliprange)
+    unclipped, clipped = (values - returns).square(), (near - returns).square()
+    loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask)
+    return loss, {"value_loss": loss.detach(), "value_clip_fraction": masked_mean(clipped > unclipped, mask)}
+
+
+@torch.no_grad()
+def entropy(log_pi: Tensor) -> Tensor:
+    """Entropy in nats of the next token's distribution: (B, T, V) → (B, T). Watched, not trained: hence no gradient."""
+    return -(log_pi.exp() * log_pi).sum(-1)
+
+
+def micro_batch_loss(policy: Callable, value: Callable, batch: Rollout, config: PPOConfig) -> tuple[Tensor, Stats]:
+    """The whole objective on one micro-batch: policy loss + vf_coef · value loss, each a mean over its real tokens."""
+    sequence, attention = join(batch.prompts, batch.prompt_mask, batch.responses, batch.mask)
+    n = batch.responses.shape[1]
+    log_pi = log_distribution(response_logits(policy, sequence, attention, n), config.temperature)
+    logprobs, values = pick(log_pi, batch.responses), response_values(value, sequence, attention, n)
+    actor, actor_stats = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.cliprange)
+    critic, critic_stats = value_loss(values, batch.values, batch.returns, batch.mask, config.cliprange_value)
+    stats = {**actor_stats, **critic_stats, "entropy": masked_mean(entropy(log_pi), batch.mask)}
+    return actor + config.vf_coef * critic, stats
+
+
+def gradient_step(policy: Callable, value: Callable, rollout: Rollout, rows: Tensor, optimizer: torch.optim.Optimizer,
+                  config: PPOConfig) -> Stats:
+    """One optimiser step on the given rows of the rollout, accumulated over micro-batches.
+
+    Each micro-batch counts by its share of the tokens, so any split gives the gradient of the undivided batch; a mean
+    of means would weight tokens by the length of the responses beside them. (The released code goes over the same
+    micro-batch again and again, and clips in between.) Raises FloatingPointError before a NaN could reach a weight.
+    """
+    rows = rows[rollout.mask[rows].sum(1).argsort(stable=True)]  # any split will do: like lengths together waste least
+    n_tokens = rollout.mask[rows].sum()
+    optimizer.zero_grad(set_to_none=True)
+    collected, weights = [], []
+    for micro_rows in rows.split(config.micro_batch_size):
+        batch = rollout.micro_batch(micro_rows)
+        weight = batch.mask.sum() / n_tokens
+        loss, stats = micro_batch_loss(policy, value, batch, config)
+        (weight * loss).backward()
+        collected.append(stats)
+        weights.append(weight)
+    stats = average(collected, weights)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)  # the norm before clipping
+    for name in ("policy_loss", "value_loss", "grad_norm"):
+        if not stats[name].isfinite():
+            raise FloatingPointError(f"{name} is {stats[name].item()}; stopped before the optimiser step")
+    optimizer.step()
+    return stats
+
+
+def average(collected: list[Stats], weights: list) -> Stats:
+    """Weighted mean of each statistic; of those named ..._max the largest."""
+    return {name: torch.stack([s[name] for s in collected]).max() if name.endswith("_max")
+            else sum(w * s[name] for w, s in zip(weights, collected, strict=True)) for name in collected[0]}
+
+
+def update(policy: Callable, value: Callable, rollout: Rollout, optimizer: torch.optim.Optimizer, config: PPOConfig,
+           generator: torch.Generator | None = None, progress: Progress = lambda phase, n: None) -> dict[str, float]:
+    """ppo_epochs passes over the rollout in optimiser steps of step_batch_size responses, reshuffled each epoch.
+
+    The optimiser holds every trained parameter of policy and value; their joint gradient norm is clipped once per step.
+    generator (CPU) alone decides the order, so that a resumed run repeats it. Returns each statistic's mean over all
+    steps (ratio_max: the largest). Raises ValueError when step_batch_size does not divide the rollout,
+    FloatingPointError when a loss or gradient is not finite.
+    """
+    require_divisible("rollout of", len(rollout), "step_batch_size", config.step_batch_size)
+    history = []
+    for _ in range(config.ppo_epochs):
+        order = torch.randperm(len(rollout), generator=generator).to(rollout.mask.device)
+        for rows in order.split(config.step_batch_size):
+            history.append(gradient_step(policy, value, rollout, rows, optimizer, config))
+            progress("update", len(rows))
+    means = average(history, [1 / len(history)] * len(history))
+    return {name: x.item() for name, x in means.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Between PPO steps
+
+
+def adapt_beta(beta: float, kl: float, target: float, horizon: float, n: int) -> float:
+    """The coefficient for the next step: Ziegler et al. (2019), section 2.2, a proportional controller.
+
+    kl and target share a unit (kl_target's is nats per token); n responses were sampled in this step. The relative
+    error is limited to ±20%, so that one odd batch moves beta by at most 0.2 · n / horizon of itself.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * n / horizon)
+
+
+def learning_rate(step: int, total_steps: int, config: PPOConfig) -> float:
+    """The rate for PPO step 1 ... total_steps: linear warm-up to the peak, then linear decay.
+
+    Counting from 1 spends no step at rate 0, as counting from 0 does with the first.
+    """
+    warmup_steps = max(1, config.warmup_steps)
+    decay = (total_steps - step + 1) / max(1, total_steps - warmup_steps + 1)
+    return config.learning_rate * min(step / warmup_steps, decay, 1.0)

@@ -1,0 +1,574 @@
+"""The reward model: a LLaMA with one number at the end, read from checkpoints and trained on preferences (stage 2).
+
+    python reward.py --base runs/sft --data preferences.json --out runs/reward                   # LoRA, one GPU
+    python reward.py --base runs/sft --data preferences.json --out runs/reward --tuning full     # as AlpacaFarm did
+
+The paper (section 2.1) takes AlpacaFarm's reward model as given: trained from SFT-10k on 10K human preference pairs
+with the loss -log sigmoid(chosen - rejected) (Ouyang et al. 2022, eq. 1). Training defaults are AlpacaFarm's, for full
+tuning.
+
+Departures from the released code:
+  * The score is read at the last real token on whichever side the padding is, found from the mask. There it is read at
+    the last position, so right padding scored the padding; elsewhere it is sought by pad id, which misses a real EOS
+    where pad = EOS.
+  * Scores are standardised, (raw - mean) / std, over samples of the SFT model: the KL coefficient means something only
+    beside rewards of known spread. mean and std are stored apart from the weights, so raw scores stay readable.
+  * The head has no bias: the loss never moves one. AlpacaFarm's is kept as mean = -bias, which gives the same scores.
+  * All pairs of one instruction form a group whose outputs are scored once each (Ouyang et al. 2022, section 3.5).
+
+On disk: transformers' LlamaForSequenceClassification (config.json, model.safetensors with score.weight; it gives raw
+scores) and reward_config.json (mean, std). The language head, which scoring never uses, is left out.
+
+B batch, S sequence, D hidden, K outputs of one instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+LEARNING_RATES = {"full": 3e-6, "lora": 1e-4}  # --tuning
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "chat_template.jinja")
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+def last_token(attention_mask: Tensor) -> Tensor:
+    """Position of the last real token: (B, S) → (B,), for left and right padding alike."""
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (positions * attention_mask.bool()).argmax(-1)
+
+
+class RewardModel(nn.Module):
+    """A scalar per sequence: a backbone with `.hidden` and `.config.hidden_size`, and a float32 head D → 1.
+
+    `mean` and `std` are float32 buffers, 0 and 1 until `standardise` sets them. The head starts at normal(0, 1/(D+1))
+    (Stiennon et al. 2020, appendix B). To train an adapter and the head, call add_lora on `.backbone`.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        size, device = backbone.config.hidden_size, next(backbone.parameters()).device
+        self.score = nn.Linear(size, 1, bias=False, dtype=torch.float32, device=device)
+        nn.init.normal_(self.score.weight, std=(size + 1) ** -0.5)
+        self.register_buffer("mean", torch.zeros((), device=device))
+        self.register_buffer("std", torch.ones((), device=device))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Standardised scores of whole sequences (prompt and response): (B, S) → (B,), float32."""
+        return self.standardised(self.raw(input_ids, attention_mask))
+
+    def standardised(self, raw: Tensor) -> Tensor:
+        """(raw - mean) / std, float32."""
+        return (raw - self.mean.float()) / self.std.float()
+
+    def raw(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores before standardising: (B, S) → (B,), float32."""
+        return self.read(self.backbone.hidden(input_ids, attention_mask), last_token(attention_mask))
+
+    def read(self, hidden: Tensor, last: Tensor) -> Tensor:
+        """The head on position `last` (B,) of hidden states (B, S, D): (B,), float32."""
+        rows = torch.arange(len(hidden), device=hidden.device)
+        # .float(): `model.to(bfloat16)` reaches the head too, and its sums must not be rounded to 3 digits.
+        return F.linear(hidden[rows, last].float(), self.score.weight.float()).squeeze(-1)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype | None = None,
+                        device: torch.device | str | None = None) -> RewardModel:
+        """Read our layout, transformers' LlamaForSequenceClassification with one label, or AlpacaFarm's reward model.
+
+        dtype None keeps what is stored; the head is float32 in any case. The model comes back in eval mode. Raises
+        FileNotFoundError or ValueError that names the file and what is wrong with it.
+        """
+        return _load(cls, Path(path), dtype, device).eval()
+
+    def save_pretrained(self, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+        """Write the layout described at the top. `dtype` is the backbone's on disk (None: as it is); head float32.
+
+        Raises ValueError for an adapter that is not merged (lora.merge_lora): it is not part of this layout.
+        """
+        _save(self, Path(directory), dtype)
+
+
+def scorer(model: RewardModel, policy_tokenizer: Any, reward_tokenizer: Any,
+           say: Callable[[str], None] = print) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function (input_ids, attention_mask) -> (B,) on the policy's token ids, and a line to `say` which kind it is.
+
+    Where both tokenizers (data.Tokenizer) mean the same by every id, it is the model itself. Else each sequence is
+    decoded and tokenised anew, which loses the policy's own spelling and any special tokens inside the text.
+    """
+    if _same_ids(policy_tokenizer, reward_tokenizer):
+        say("reward: scores the policy's token ids as they are (one tokenizer)")
+        return model
+    say("reward: decodes and tokenises anew, since its tokenizer is not the policy's")
+
+    def retokenised(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        sequences = []
+        for ids, mask in zip(input_ids, attention_mask.bool()):
+            ids = ids[mask].tolist()
+            text, ended = policy_tokenizer.decode(ids), ids[-1] == policy_tokenizer.eos_token_id
+            sequences.append(reward_tokenizer.encode(text, bos=True, eos=ended))
+        return model.standardised(_raw_scores(model, sequences, reward_tokenizer.pad_token_id))
+
+    return retokenised
+
+
+def _same_ids(a: Any, b: Any) -> bool:
+    """Whether every id that `a` can emit means the same to `b`; a pad id beyond the vocabulary is never read."""
+    ids = [i for i in range(len(a)) if i != a.pad_token_id]
+    same_ends = (a.bos_token_id, a.eos_token_id) == (b.bos_token_id, b.eos_token_id)
+    # Twice in a row, as SentencePiece strips the space of the first piece and would show " the" as "the".
+    return same_ends and max(ids) < len(b) and all(a.decode([i, i]) == b.decode([i, i]) for i in ids)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
+          device: torch.device | str | None) -> RewardModel:
+    from model import Llama, checkpoint_tensors
+
+    description = _read_json(directory / "config.json", "a reward model folder holds config.json and its weights")
+    tensors, head = {}, {}
+    for _, name, tensor in checkpoint_tensors(directory):
+        name = name.removeprefix("backbone_model.")  # AlpacaFarm's
+        if name in ("score.weight", "reward_head.weight", "reward_head.bias"):
+            head[name.rpartition(".")[2]] = tensor.float()
+        elif name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+            tensors[name] = tensor.to(device=device, dtype=dtype)
+    if "weight" not in head:
+        raise ValueError(f"{directory}: neither score.weight nor reward_head.weight among the weights: not a reward "
+                         "model; `python reward.py` trains one")
+    if len(head["weight"]) != 1:
+        raise ValueError(f"{directory}: score.weight has {len(head['weight'])} rows; a reward model has num_labels = 1")
+    with torch.device("meta"):
+        backbone = Llama(_llama_config(description, tensors, directory))
+    _assign(backbone, tensors, directory)
+    model = cls(backbone)
+    stored = {"mean": -head.get("bias", torch.zeros(1)).item(), "std": 1.0}
+    if (directory / "reward_config.json").is_file():
+        stored |= _read_json(directory / "reward_config.json", "")
+    with torch.no_grad():
+        model.score.weight.copy_(head["weight"])
+        model.mean.fill_(stored["mean"])
+        model.std.fill_(stored["std"])
+    return model
+
+
+def _assign(backbone: nn.Module, tensors: dict[str, Tensor], directory: Path) -> None:
+    """Fill a backbone on the meta device; one name or shape that does not fit is an error."""
+    try:
+        missing, unexpected = backbone.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{directory}: {str(error).splitlines()[-1].strip()}") from None
+    missing = [name for name in missing if name != "lm_head.weight"]
+    if missing or unexpected:
+        kind, names = ("missing", missing) if missing else ("unexpected", unexpected)
+        raise ValueError(f"{directory}: {kind} tensor {names[0]} ({len(names)} in all)")
+    # Scoring needs no language head; tied to the embedding it takes no memory and every method stays usable.
+    backbone.lm_head.weight = backbone.model.embed_tokens.weight
+
+
+def _llama_config(description: dict[str, Any], tensors: dict[str, Tensor], directory: Path) -> Any:
+    """The backbone's configuration. AlpacaFarm's file names no sizes: there they are read off the tensors, with LLaMA's
+    head size of 128 unless the file says otherwise."""
+    from model import LlamaConfig
+
+    description = {**description, "tie_word_embeddings": True}
+    if description.get("model_type") != "reward_model":
+        return LlamaConfig.from_dict(description)
+    try:
+        vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
+        inner = tensors["model.layers.0.mlp.gate_proj.weight"].shape[0]
+        keys = tensors["model.layers.0.self_attn.k_proj.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(f"{directory}: AlpacaFarm's layout, but without {error}") from None
+    head_dim = description.get("head_dim", 128)
+    sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size, "intermediate_size": inner, "head_dim": head_dim,
+             "num_hidden_layers": len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
+             "num_attention_heads": hidden_size // head_dim, "num_key_value_heads": keys // head_dim}
+    return LlamaConfig.from_dict({**sizes, **description, "model_type": "llama"})
+
+
+def _read_json(file: Path, hint: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found; {hint}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+
+
+def _save(model: RewardModel, directory: Path, dtype: torch.dtype | None) -> None:
+    from safetensors.torch import save_file
+
+    if any(getattr(module, "merged", True) is False for module in model.backbone.modules()):
+        raise ValueError("the backbone has an adapter that is not merged and would be lost: call lora.merge_lora first")
+    backbone = model.backbone.state_dict()
+    tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in backbone.items()
+               if not name.endswith((".lora_A", ".lora_B")) and not name.startswith("lm_head.")}
+    stored = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    tensors["score.weight"] = model.score.weight.detach().float().contiguous()
+    config = model.backbone.config.to_dict() | {
+        "architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "tie_word_embeddings": True,
+        "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "torch_dtype": stored}
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "reward_config.json", {"mean": model.mean.item(), "std": model.std.item()})
+
+
+def _write(file: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file and rename: a full disk or a kill leaves the last good file whole."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    _write(file, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------- preferences and loss
+
+
+class Group(NamedTuple):
+    """K outputs to one instruction, each with its prompt as token ids, and labelled pairs (winner, loser) among them.
+
+    An ordinary preference pair is a group of two: Group([chosen, rejected], [(0, 1)]).
+    """
+
+    sequences: list[list[int]]
+    pairs: list[tuple[int, int]]
+
+
+class Accuracy(NamedTuple):
+    """Share of labelled pairs scored in the label's order. The standard error counts instructions as the independent
+    unit, not pairs; `n` leaves out pairs with equal scores."""
+
+    value: float
+    standard_error: float
+    n: int
+
+
+def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log sigmoid(chosen - rejected), mean over (B,) pairs (Ouyang et al. 2022, eq. 1)."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def group_preferences(records: Sequence[dict], encode: Callable[[dict, str], list[int]],
+                      max_tokens: int) -> tuple[list[Group], int]:
+    """Gather preference records (data.load_preferences) by instruction; equal outputs become one sequence.
+
+    `encode(record, output)` gives the tokens of prompt and output. Returns the groups and how many pairs were left out:
+    with an output over `max_tokens`, or two equal outputs.
+    """
+    outputs: dict[tuple[str, str], dict[str, int]] = {}
+    groups: dict[tuple[str, str], Group] = {}
+    dropped = 0
+    for record in records:
+        key = (record["instruction"], record["input"])
+        texts = [record["output_1"], record["output_2"]]
+        encoded = [encode(record, text) for text in texts]
+        if texts[0] == texts[1] or max(map(len, encoded)) > max_tokens:
+            dropped += 1
+            continue
+        known, group = outputs.setdefault(key, {}), groups.setdefault(key, Group([], []))
+        for text, ids in zip(texts, encoded):
+            if known.setdefault(text, len(known)) == len(group.sequences):
+                group.sequences.append(ids)
+        winner = record["preference"] - 1
+        group.pairs.append((known[texts[winner]], known[texts[1 - winner]]))
+    return list(groups.values()), dropped
+
+
+def _flatten(groups: Sequence[Group]) -> tuple[list[list[int]], Tensor]:
+    """All sequences of a batch of groups, and its pairs (n, 2) as indices into them."""
+    sequences, pairs = [], []
+    for group in groups:
+        pairs += [(winner + len(sequences), loser + len(sequences)) for winner, loser in group.pairs]
+        sequences += group.sequences
+    return sequences, torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+
+
+def _raw_scores(model: RewardModel, sequences: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:
+    """Raw scores (B,) of token lists."""
+    device, last = model.score.weight.device, torch.tensor([len(sequence) - 1 for sequence in sequences])
+    input_ids = torch.full((len(sequences), int(last.max()) + 1), pad_token_id, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, :len(sequence)] = torch.as_tensor(sequence)
+    # Padding is on the right, where causal attention never looks back at it: no mask, hence the fast causal kernel.
+    return model.read(model.backbone.hidden(input_ids.to(device)), last.to(device))
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@torch.no_grad()
+def score_all(model: RewardModel, sequences: Sequence[Sequence[int]], pad_token_id: int = 0, batch_size: int = 32,
+              progress: bool = False) -> Tensor:
+    """Raw scores (N,) on the CPU of token lists in any number and length, in eval mode."""
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    scores = torch.empty(len(sequences))
+    for start in tqdm(range(0, len(order), batch_size), desc="score", disable=not progress):
+        rows = order[start:start + batch_size]
+        scores[rows] = _raw_scores(model, [sequences[i] for i in rows], pad_token_id).cpu()
+    model.train(was_training)
+    return scores
+
+
+def accuracy(model: RewardModel, groups: Sequence[Group], pad_token_id: int = 0, batch_size: int = 32) -> Accuracy:
+    """How often the model's order agrees with the labels of `groups`."""
+    sequences, pairs = _flatten(groups)
+    scores = score_all(model, sequences, pad_token_id, batch_size)
+    margin = scores[pairs[:, 0]] - scores[pairs[:, 1]]
+    owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(group.pairs) for group in groups]))
+    right, counted = ((torch.zeros(len(groups)).index_add_(0, owner, x.float())) for x in (margin > 0, margin != 0))
+    n = int(counted.sum())
+    if n == 0:
+        return Accuracy(math.nan, math.nan, 0)
+    value = float(right.sum() / n)
+    # Pairs of one instruction share outputs, so errors cluster: the ratio estimator's variance over instructions.
+    m = int((counted > 0).sum())
+    variance = float((right - value * counted).square().sum()) * m / max(1, m - 1)
+    return Accuracy(value, math.sqrt(variance) / n, n)
+
+
+@torch.no_grad()
+def standardise(model: RewardModel, sequences: Sequence[Sequence[int]], pad_token_id: int = 0,
+                batch_size: int = 32) -> tuple[float, float]:
+    """Set the model's mean and std from its raw scores of `sequences` (samples of the SFT model), and return them.
+
+    Raises ValueError where the scores have no spread.
+    """
+    scores = score_all(model, sequences, pad_token_id, batch_size).double()
+    mean, std = scores.mean().item(), scores.std(correction=0).item()
+    if not std > 1e-6:
+        raise ValueError(f"cannot standardise: {len(sequences)} sequences have scores of standard deviation {std:.2g}")
+    model.mean.fill_(mean)
+    model.std.fill_(std)
+    return mean, std
+
+
+def warmup_cosine(step: int, total: int, warmup: int) -> float:
+    """Factor on the learning rate at `step` (from 0): a line up over `warmup` steps, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def length_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    """Index batches of similar length in random order: shuffle, sort inside windows of 32 batches, cut, shuffle."""
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    window = 32 * batch_size  # all of the data in one window would put the same groups together in every epoch
+    windows = [sorted(order[i:i + window], key=lambda j: lengths[j]) for i in range(0, len(order), window)]
+    batches = [w[i:i + batch_size] for w in windows for i in range(0, len(w), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def train_reward(model: RewardModel, groups: Sequence[Group], *, held_out: Sequence[Group] = (), epochs: int = 1,
+                 batch_size: int = 64, micro_batch_size: int | None = None, learning_rate: float = 3e-6,
+                 warmup: float = 0.03, weight_decay: float = 0.0, max_grad_norm: float = 1.0, pad_token_id: int = 0,
+                 seed: int = 0, progress: bool = True) -> list[dict]:
+    """Train what requires gradients, in place, on the raw scores of all labelled pairs; each sequence is scored once.
+
+    Sizes count groups: `batch_size` to an optimiser step, `micro_batch_size` in memory at once (the gradient stays as
+    it is). `warmup` is the share of steps on the way up. Order and result follow from `seed` (and torch's own, where
+    there is dropout). Returns a dict an epoch: epoch, loss and accuracy (running means over training pairs), held_out
+    (an Accuracy, or None). Raises ValueError where there is nothing to train or to train on.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [group for group in groups if group.pairs]
+    if not parameters or not groups:
+        raise ValueError("train_reward: " + ("no labelled pairs" if parameters else "no parameter requires gradients"))
+    total = epochs * math.ceil(len(groups) / batch_size)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    factor = partial(warmup_cosine, total=total, warmup=math.ceil(warmup * total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    generator = torch.Generator().manual_seed(seed)
+    micro, was_training, history = micro_batch_size or batch_size, model.training, []
+
+    def step(batch: list[Group]) -> tuple[float, float, int]:
+        stats = _accumulate(model, batch, micro, pad_token_id)
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        return stats
+
+    with tqdm(total=total, desc="reward model", unit="step", disable=not progress) as bar:
+        for epoch in range(1, epochs + 1):
+            model.train()
+            history.append({"epoch": epoch, **_epoch(step, groups, batch_size, generator, bar)})
+            history[-1]["held_out"] = accuracy(model, held_out, pad_token_id) if held_out else None
+    model.train(was_training)
+    return history
+
+
+def _epoch(step: Callable[[list[Group]], tuple[float, float, int]], groups: Sequence[Group], batch_size: int,
+           generator: torch.Generator, bar: tqdm) -> dict:
+    """Every group once. Returns running means over pairs."""
+    lengths = [max(map(len, group.sequences)) for group in groups]
+    loss, right, pairs = 0.0, 0.0, 0
+    for batch in length_batches(lengths, batch_size, generator):
+        batch_loss, batch_right, n = step([groups[i] for i in batch])
+        loss, right, pairs = loss + batch_loss * n, right + batch_right, pairs + n
+        bar.set_postfix(loss=f"{batch_loss:.3f}", accuracy=f"{right / pairs:.3f}", refresh=False)
+        bar.update()
+    return {"loss": loss / pairs, "accuracy": right / pairs}
+
+
+def _accumulate(model: RewardModel, batch: list[Group], micro_batch_size: int,
+                pad_token_id: int) -> tuple[float, float, int]:
+    """Add the gradient of the batch's mean loss. Returns (that loss, pairs in the right order, pairs)."""
+    n = sum(len(group.pairs) for group in batch)
+    mean, right = 0.0, 0.0
+    for i in range(0, len(batch), micro_batch_size):
+        sequences, pairs = _flatten(batch[i:i + micro_batch_size])
+        scores = _raw_scores(model, sequences, pad_token_id)
+        chosen, rejected = scores[pairs.to(scores.device).T]
+        # Weighted by its share of the batch's pairs: every label counts the same, in whatever micro-batch it falls.
+        loss = pairwise_loss(chosen, rejected) * (len(pairs) / n)
+        loss.backward()
+        mean, right = mean + loss.item(), right + (chosen > rejected).sum().item()
+    return mean, right, n
+
+
+# ----------------------------------------------------------------------------------------------------------- program
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; every default of the loop comes from `train_reward`."""
+    loop = train_reward.__kwdefaults__
+    parser = argparse.ArgumentParser(description="Train a reward model on preference pairs (stage 2).",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    files = parser.add_argument_group("files")
+    files.add_argument("--base", required=True, help="directory of the SFT model, with its tokenizer")
+    files.add_argument("--data", required=True, help="AlpacaFarm preferences, JSON or JSON lines")
+    files.add_argument("--out", required=True, help="directory for the reward model (LoRA is merged into it)")
+    files.add_argument("--template", default="alpaca", help="prompt: alpaca, tiny, chat or a JSON file")
+    files.add_argument("--max-tokens", type=int, default=512, help="longer prompt + output: the pair is dropped")
+    files.add_argument("--held-out", type=float, default=0.1, help="share of the instructions kept for accuracy")
+    training = parser.add_argument_group("training")
+    training.add_argument("--tuning", choices=("lora", "full"), default="lora", help="what is trained beside the head")
+    training.add_argument("--epochs", type=int, default=loop["epochs"], help="passes over the data")
+    training.add_argument("--batch-size", type=int, default=loop["batch_size"], help="instructions an optimiser step")
+    training.add_argument("--micro-batch-size", type=int, default=2, help="instructions in memory at once")
+    training.add_argument("--learning-rate", type=float, help=f"peak; None: {LEARNING_RATES} by --tuning")
+    training.add_argument("--warmup", type=float, default=loop["warmup"], help="share of the steps on the way up")
+    training.add_argument("--weight-decay", type=float, default=loop["weight_decay"], help="AdamW's")
+    training.add_argument("--max-grad-norm", type=float, default=loop["max_grad_norm"], help="clips gradients")
+    training.add_argument("--seed", type=int, default=loop["seed"], help="of split, order, head, LoRA and dropout")
+    lora = parser.add_argument_group("LoRA (paper, section 2.2)")
+    lora.add_argument("--lora-rank", type=int, default=8, help="rank")
+    lora.add_argument("--lora-alpha", type=float, default=64, help="scale, over rank")
+    lora.add_argument("--lora-dropout", type=float, default=0.1, help="dropout probability")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="one device")
+    machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="None: float32, bfloat16 for LoRA on CUDA")
+    machine.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    return parser.parse_args(argv)
+
+
+def load_groups(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Group], list[Group]]:
+    """(training, held-out) groups, split by instruction so that no prompt is in both."""
+    from data import encode_pair, load_preferences
+
+    def encode(record: dict, output: str) -> list[int]:
+        prompt, response = encode_pair(record, output, tokenizer, args.template)
+        return prompt + response
+
+    groups, dropped = group_preferences(load_preferences(args.data), encode, args.max_tokens)
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    n = round(args.held_out * len(groups))
+    if len(groups) == n:
+        raise ValueError(f"--max-tokens {args.max_tokens}, --held-out {args.held_out}: no pair left to train on")
+    print(f"{len(groups) - n} instructions to train on, {n} held out; {dropped} pairs dropped (over {args.max_tokens} "
+          "tokens, or two equal outputs)")
+    return [groups[i] for i in order[n:]], [groups[i] for i in order[:n]]
+
+
+def load_base(args: argparse.Namespace) -> RewardModel:
+    """A fresh head on the SFT model, ready to train in full or with LoRA."""
+    from lora import add_lora
+    from model import Llama
+
+    default = "bfloat16" if args.tuning == "lora" and args.device.startswith("cuda") else "float32"
+    backbone = Llama.from_pretrained(args.base, dtype=getattr(torch, args.dtype or default), device=args.device)
+    backbone.gradient_checkpointing = args.gradient_checkpointing
+    if args.tuning == "lora":
+        add_lora(backbone, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
+    return RewardModel(backbone)
+
+
+def save(model: RewardModel, args: argparse.Namespace, pad_token_id: int) -> None:
+    """Write the reward model, LoRA merged, and the tokenizer of its base."""
+    from lora import merge_lora
+
+    if args.tuning == "lora":
+        merge_lora(model.backbone)
+    if model.backbone.config.pad_token_id is None:
+        model.backbone.config.pad_token_id = pad_token_id  # transformers finds the last token by it
+    model.save_pretrained(args.out)
+    for name in TOKENIZER_FILES:
+        if (Path(args.base) / name).is_file() and Path(args.base).resolve() != Path(args.out).resolve():
+            shutil.copyfile(Path(args.base) / name, Path(args.out) / name)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, train, standardise, save, and print what came of it."""
+    from data import load_tokenizer
+
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.base)
+    groups, held_out = load_groups(args, tokenizer)
+    model = load_base(args)
+    history = train_reward(
+        model, groups, held_out=held_out, epochs=args.epochs, batch_size=args.batch_size,
+        micro_batch_size=args.micro_batch_size, learning_rate=args.learning_rate or LEARNING_RATES[args.tuning],
+        warmup=args.warmup, weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm,
+        pad_token_id=tokenizer.pad_token_id, seed=args.seed)
+    for row in history:
+        held = row["held_out"]
+        shown = f"{held.value:.1%} ± {held.standard_error:.1%} of {held.n} pairs" if held else "no pairs"
+        print(f"epoch {row['epoch']}: loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}; held out {shown}")
+    # Outputs of preference data are samples of the SFT model; held-out ones weren't fitted, so their spread is honest.
+    samples = [sequence for group in held_out or groups for sequence in group.sequences]
+    mean, std = standardise(model, samples, tokenizer.pad_token_id)
+    print(f"standardised on {len(samples)} samples: raw mean {mean:.3f}, deviation {std:.3f}")
+    save(model, args, tokenizer.pad_token_id)
+    print(f"saved {args.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line for bad input."""
+    try:
+        run(parse_args(argv))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"reward.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
