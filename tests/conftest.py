@@ -4,7 +4,6 @@ import json
 import os
 import random
 import sys
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,7 +68,8 @@ def world(tmp_path_factory) -> Path:
     RewardModel(Llama(config)).save_pretrained(folder / "reward")
     (folder / "reward" / "tokenizer.model").write_bytes((folder / "sft" / "tokenizer.model").read_bytes())
     (folder / "data").mkdir()
-    splits = {"ppo": tasks[:60], "evaluation": add_references(tasks[60:72], seed=0), "about": add_references(about, seed=0)}
+    splits = {"ppo": tasks[:60], "evaluation": add_references(tasks[60:72], seed=0),
+              "about": add_references(about, seed=0)}
     for name, records in splits.items():
         text = json.dumps([public(record) for record in records], ensure_ascii=False)
         (folder / "data" / f"{name}.json").write_text(text, encoding="utf-8")
@@ -111,10 +111,8 @@ class WithoutDeviceGuards(TorchFunctionMode):
 def two_gpus(monkeypatch):
     """("cuda:0", "cuda:1") on any machine: all tensors of the test are fake, with shape and device but no numbers.
 
-    Mixing devices raises, and so does reading a value back. Forward only: autograd's threads are not faked.
+    Mixing devices raises, and so does reading a value back. Forward only: autograd asks the real GPU for its stream.
     """
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)  # it would touch the real GPU
-    with ExitStack() as stack:
-        stack.enter_context(fake_tensor.FakeTensorMode())
-        stack.enter_context(WithoutDeviceGuards())
+    with torch.no_grad(), fake_tensor.FakeTensorMode(), WithoutDeviceGuards():
         yield "cuda:0", "cuda:1"

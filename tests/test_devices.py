@@ -5,10 +5,10 @@ Fake tensors have a device and a shape but no numbers, so a tensor on the wrong 
 
 import pytest
 import torch
+from conftest import SIZES
 from torch._subclasses.fake_tensor import FakeTensor
 
 import ppo
-from conftest import SIZES
 from divergences import ESTIMATORS, true_kl
 from lora import add_lora, lora_disabled
 from model import Llama, LlamaConfig, ValueModel
@@ -114,3 +114,27 @@ def test_an_adapter_can_be_switched_off_where_it_is(two_gpus):
     ids = torch.zeros(2, 4, dtype=torch.long, device=first)
     with lora_disabled(policy):
         assert str(policy(ids, torch.ones_like(ids)).device) == first
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_train_py_itself_places_the_models_so(world, tmp_path, two_gpus, monkeypatch, tuning):
+    """The wiring of the real run: train.build_models on two GPUs, its callables in ppo.score."""
+    import train
+    from data import load_tokenizer
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, a: tensor)  # fake tensors draw no numbers
+    monkeypatch.setattr(train.Llama, "from_pretrained", lambda path, dtype, device: place(llama, device))
+    monkeypatch.setattr(train.RewardModel, "from_pretrained",
+                        lambda path, dtype, device: place(lambda: RewardModel(llama()), device))
+    run, _ = train.build_config({"policy": str(world / "sft"), "reward": str(world / "reward"), "data": "unread",
+                                 "out": str(tmp_path), "tuning": tuning, "dtype": "float32"})
+    models = train.build_models(run, load_tokenizer(world / "sft"), say=lambda line: None)
+    assert not models.shared
+    assert devices([*models.policy.parameters(), *models.value.parameters()]) == {"cuda:0"}
+    assert devices([*models.reward_model.parameters(), *models.reward_model.buffers()]) == {"cuda:1"}
+    prompts, responses = (torch.zeros(2, n, dtype=torch.long, device="cuda:0") for n in (4, 3))
+    said = ppo.score(models.policy_logits, models.value, models.reference_logits, models.reward, prompts,
+                     torch.ones_like(prompts), responses, ppo.response_mask(responses, EOS), temperature=0.7,
+                     policy_device=models.policy_device, reference_device=models.reference_device)
+    assert devices(said.values()) == {"cuda:0"}

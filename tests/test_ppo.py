@@ -485,27 +485,24 @@ def test_ppo_learns_to_say_what_is_rewarded():
 
 def test_scoring_and_losses_run_with_the_models_on_two_gpus_without_a_gpu(two_gpus):
     """Fake tensors know shapes and devices only: mixing the two devices, or reading a value back, would raise."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     first, second = two_gpus
-    with FakeTensorMode():
-        policy, critic = TinyLM(device=first), TinyLM(outputs=1, device=first)
-        reference, scorer = TinyLM(device=second), TinyLM(outputs=1, device=second)
-        prompts = torch.zeros(2, 4, dtype=torch.long, device=first)
-        responses = torch.zeros(2, 3, dtype=torch.long, device=first)
-        mask = ppo.response_mask(responses, EOS)
-        said = ppo.score(policy, lambda i, m: critic(i, m).squeeze(-1), reference,
-                         lambda i, m: scorer(i, m).squeeze(-1)[:, -1],
-                         prompts, torch.ones_like(prompts), responses, mask,
-                         temperature=0.7, policy_device=first, reference_device=second)
-        assert {str(x.device) for x in said.values()} == {first}
-        assert {k: tuple(x.shape) for k, x in said.items()} == {
-            "logprobs": (2, 3), "ref_logprobs": (2, 3), "values": (2, 3), "scores": (2,)}
-        rewards = ppo.shape_rewards(said["scores"], said["logprobs"] - said["ref_logprobs"], mask, 0.02)
-        advantages, returns = ppo.gae(ppo.whiten(rewards, mask, shift_mean=False), said["values"], mask)
-        actor, _ = ppo.policy_loss(said["logprobs"], said["logprobs"], ppo.whiten(advantages, mask), mask)
-        critic_loss, _ = ppo.value_loss(said["values"], said["values"], returns, mask)
-        assert str((actor + critic_loss).device) == first
+    policy, critic = TinyLM(device=first), TinyLM(outputs=1, device=first)
+    reference, scorer = TinyLM(device=second), TinyLM(outputs=1, device=second)
+    prompts = torch.zeros(2, 4, dtype=torch.long, device=first)
+    responses = torch.zeros(2, 3, dtype=torch.long, device=first)
+    mask = ppo.response_mask(responses, EOS)
+    said = ppo.score(policy, lambda i, m: critic(i, m).squeeze(-1), reference,
+                     lambda i, m: scorer(i, m).squeeze(-1)[:, -1],
+                     prompts, torch.ones_like(prompts), responses, mask,
+                     temperature=0.7, policy_device=first, reference_device=second)
+    assert {str(x.device) for x in said.values()} == {first}
+    assert {k: tuple(x.shape) for k, x in said.items()} == {
+        "logprobs": (2, 3), "ref_logprobs": (2, 3), "values": (2, 3), "scores": (2,)}
+    rewards = ppo.shape_rewards(said["scores"], said["logprobs"] - said["ref_logprobs"], mask, 0.02)
+    advantages, returns = ppo.gae(ppo.whiten(rewards, mask, shift_mean=False), said["values"], mask)
+    actor, _ = ppo.policy_loss(said["logprobs"], said["logprobs"], ppo.whiten(advantages, mask), mask)
+    critic_loss, _ = ppo.value_loss(said["values"], said["values"], returns, mask)
+    assert str((actor + critic_loss).device) == first
 
 
 # --- configuration -----------------------------------------------------------------------------------------------

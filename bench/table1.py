@@ -1,0 +1,88 @@
+"""Table 1 in miniature: every estimator, several seeds, one table with win rates and what else changed.
+
+    python bench/table1.py                                   # all estimators, seeds 0 1 2
+    python bench/table1.py --only bregman none --seeds 0     # some of it; finished runs are not run again
+
+Each cell is one `python train.py` on the miniature world; flags behind `--` go to every run. The table goes to
+<out>/table1.md, with the command, and the runs lie beside it. Win rates are means over seeds with the paper's bootstrap error;
+"gain" is the paired difference to SFT on the 805 evaluation instructions, seed by seed, in points and in its standard errors.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from evaluate import bootstrap, paired_difference, read_lines  # noqa: E402
+
+ROWS = {  # name: (what Table 1 calls it, flags)
+    "clamped_kl": ("clamped KL", ["--estimator", "clamped_kl"]),
+    "kl": ("KL", ["--estimator", "kl"]),
+    "bregman": ("Bregman", ["--estimator", "bregman"]),
+    "squared_error": ("squared error", ["--estimator", "squared_error"]),
+    "jensen_shannon": ("Jensen-Shannon", ["--estimator", "jensen_shannon"]),
+    "none": ("no regularization", ["--estimator", "none"]),
+    "dropout_only": ("dropout only (p = 0.5)", ["--estimator", "none", "--lora-dropout", "0.5"]),
+    "negative_kl": ("negative KL (section 4's probe)", ["--estimator", "negative_kl"]),
+}
+
+
+def run(name: str, seed: int, out: Path, extra: list[str]) -> Path:
+    """Trains one cell, unless it is there already; its output goes to a log beside it."""
+    folder = out / f"{name}-s{seed}"
+    if len(read_lines(folder / "evaluations.jsonl")) >= 2:
+        return folder
+    out.mkdir(parents=True, exist_ok=True)
+    resume = ["--resume"] if any(folder.glob("step-*")) else []
+    command = [sys.executable, str(ROOT / "train.py"), *ROWS[name][1], "--seed", str(seed), "--out", str(folder), *extra, *resume]
+    print(" ".join(command[1:]), flush=True)
+    with open(out / f"{name}-s{seed}.log", "w", encoding="utf-8") as log:
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+    return folder
+
+
+def summarise(name: str, folders: list[Path]) -> str:
+    """One row of the table."""
+    pairs = [read_lines(folder / "evaluations.jsonl") for folder in folders]
+    after = [lines[-1] for lines in pairs]
+    rate, error = bootstrap([a["win_rate"] for a in after])
+    gains = []
+    for lines in pairs:
+        gain, gain_error = paired_difference(lines[0]["preferences"], lines[-1]["preferences"])
+        gains.append(f"{gain:+.1f} ({gain / gain_error:.1f})")
+
+    def mean(key: str, digits: int) -> str:
+        return f"{sum(a[key] for a in after) / len(after):.{digits}f}"
+
+    return (f"| {ROWS[name][0]} | {rate:.1f} ± {error:.1f} | {', '.join(gains)} | {mean('true_kl', 3)} | {mean('reward', 2)} | "
+            f"{mean('tokens', 1)} | {mean('fact_precision', 1)} | {mean('repeats', 2)} |")
+
+
+def main() -> None:
+    argv, _, extra = " ".join(sys.argv[1:]).partition(" -- ")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--out", type=Path, default=Path("runs/table1"))
+    args = parser.parse_args(argv.split())
+    folders: dict[str, list[Path]] = {name: [] for name in args.only}
+    for seed in args.seeds:  # seed by seed, so that an interrupted study has whole seeds
+        for name in args.only:
+            folders[name].append(run(name, seed, args.out, extra.split()))
+    before = read_lines(folders[args.only[0]][0] / "evaluations.jsonl")[0]
+    lines = [f"`python bench/table1.py {' '.join(sys.argv[1:])}`".replace(" `", "`"), "",
+             "| divergence estimator | win rate, % | gain over SFT by seed, points (standard errors) | true KL | reward | tokens "
+             "| fact precision, % | repeats |", "| --- | --- | --- | --- | --- | --- | --- | --- |",
+             f"| *SFT* | {before['win_rate']:.1f} ± {before['win_rate_se']:.1f} | | 0 | {before['reward']:.2f} | "
+             f"{before['tokens']:.1f} | {before['fact_precision']:.1f} | {before['repeats']:.2f} |"]
+    lines += [summarise(name, found) for name, found in folders.items()]
+    text = "\n".join(lines) + "\n"
+    (args.out / "table1.md").write_text(text, encoding="utf-8")
+    print(text + f"\nwritten to {args.out / 'table1.md'}")
+
+
+if __name__ == "__main__":
+    main()

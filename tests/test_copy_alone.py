@@ -1,0 +1,130 @@
+"""Each library module works as a single copied file: alone in an empty folder, it is imported and used there.
+
+Python runs isolated (-I) with that folder as the only path of the project, so an import of a sibling would fail.
+"""
+
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+USES = {
+    "divergences": """
+        from divergences import get_estimator, true_kl
+        p, q = (torch.tensor(x).log() for x in ([0.5, 0.25], [0.25, 0.25]))
+        assert torch.allclose(get_estimator("k3")(p, q), torch.tensor([0.5 - 1 + math.log(2), 0.0]), atol=1e-6)
+        assert torch.allclose(true_kl(torch.zeros(2, 4), torch.zeros(2, 4)), torch.zeros(2))
+        """,
+    "lora": """
+        from lora import add_lora, load_lora, lora_disabled, merge_lora, save_lora
+        x, model = torch.randn(3, 4), torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 2)})
+        before = model["q_proj"](x)
+        add_lora(model, rank=2, dropout=0.0)
+        model["q_proj"](x).square().sum().backward()
+        with torch.no_grad():
+            model["q_proj"].lora_B -= model["q_proj"].lora_B.grad
+        adapted = model["q_proj"](x)
+        assert not torch.allclose(adapted, before)
+        with lora_disabled(model):
+            assert torch.equal(model["q_proj"](x), before)
+        save_lora(model, "adapter")
+        fresh = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 2)})
+        fresh["q_proj"].load_state_dict({k: v for k, v in model["q_proj"].state_dict().items() if "lora" not in k})
+        load_lora(fresh, "adapter")
+        assert torch.allclose(merge_lora(fresh)["q_proj"](x), adapted, atol=1e-6)
+        """,
+    "model": """
+        from model import Llama, LlamaConfig, ValueModel, generate
+        model = Llama(LlamaConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2))
+        model.save_pretrained("saved")
+        again, ids = Llama.from_pretrained("saved"), torch.tensor([[1, 5, 9]])
+        assert torch.equal(again(ids), model(ids))
+        said = generate(again, ids, torch.ones_like(ids), max_new_tokens=4, eos_token_id=2, pad_token_id=0)
+        assert said.shape[0] == 1 and 1 <= said.shape[1] <= 4
+        assert ValueModel(again)(ids).shape == (1, 3)
+        """,
+    "ppo": """
+        import ppo
+        embed, head = torch.nn.Embedding(7, 5), torch.nn.Linear(5, 8)  # 7 logits and a value
+        def policy(ids, mask, keep): return head(embed(ids))[:, -keep:, :7]
+        def value(ids, mask): return head(embed(ids))[..., 7]
+        frozen = copy.deepcopy((embed, head))
+        def reference(ids, mask, keep): return frozen[1](frozen[0](ids))[:, -keep:, :7]
+        def reward(ids, mask): return (ids == 3).sum(1).float()
+        def generate(prompts, mask): return torch.randint(2, 7, (len(prompts), 4))
+        config = ppo.PPOConfig(rollout_batch_size=8, step_batch_size=4, micro_batch_size=2, learning_rate=0.1)
+        prompts = torch.full((8, 2), 4)
+        rollout = ppo.collect(policy, value, reference, reward, generate, lambda a, b: a - b, prompts,
+                              torch.ones_like(prompts), config, eos_token_id=2, pad_token_id=0, policy_device="cpu",
+                              reference_device="cpu")
+        before = head.weight.detach().clone()
+        trained = [*embed.parameters(), *head.parameters()]
+        stats = ppo.update(policy, value, rollout, torch.optim.Adam(trained, lr=0.1), config)
+        assert not torch.equal(head.weight, before) and all(math.isfinite(x) for x in stats.values())
+        """,
+    "data": """
+        import json
+        from data import PromptStream, encode_pair, left_pad, load_instructions, Tokenizer, tokenize_prompts
+        records = [{"instruction": "Say a."}, {"instruction": "Say", "input": "b"}]
+        pathlib.Path("ppo.json").write_text(json.dumps(records))
+        letters = Tokenizer(lambda text: [ord(c) for c in text], lambda ids: "".join(map(chr, ids)), 256, 1, 2, 0)
+        prompts = tokenize_prompts(load_instructions("ppo.json"), letters, "alpaca", max_tokens=400)
+        ids, mask = left_pad([prompts.ids[i] for i in PromptStream(2).next_batch(2)], 0)
+        assert len(prompts.examples) == 2 and mask.sum() == sum(map(len, prompts.ids)) and bool(mask[:, -1].all())
+        assert encode_pair(prompts.examples[0], "a", letters)[1][-1] == 2
+        """,
+    "reward": """
+        from types import SimpleNamespace
+        from reward import Group, RewardModel, accuracy, standardise, train_reward
+        class Backbone(torch.nn.Module):
+            config = SimpleNamespace(hidden_size=6)
+            def __init__(self):
+                super().__init__()
+                self.embed = torch.nn.Embedding(9, 6)
+            def hidden(self, input_ids, attention_mask=None):
+                return self.embed(input_ids).cumsum(1)
+        model = RewardModel(Backbone())
+        groups = [Group([[1, a, 7, 2], [1, a, 8, 2]], [(0, 1)]) for a in range(3, 7)]  # 7 is preferred to 8
+        train_reward(model, groups, epochs=20, batch_size=2, learning_rate=0.05, progress=False)
+        assert accuracy(model, groups).value == 1
+        standardise(model, [s for g in groups for s in g.sequences])
+        ids = torch.tensor([[1, 4, 7, 2, 0], [1, 4, 8, 2, 0]])
+        good, bad = model(ids, (ids > 0).long()).tolist()
+        assert good > bad
+        """,
+}
+
+
+def run_isolated(code: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("module", USES)
+def test_a_module_works_alone_in_an_empty_folder(module, tmp_path):
+    shutil.copy(ROOT / f"{module}.py", tmp_path)
+    code = "\n".join([f"import copy, math, pathlib, sys; sys.path.insert(0, {str(tmp_path)!r})",
+                      "import torch; torch.manual_seed(0)", textwrap.dedent(USES[module]), "print(*sys.modules)"])
+    done = run_isolated(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {file.stem for file in ROOT.glob("*.py")} & set(done.stdout.split()) == {module}
+
+
+def test_a_module_that_leans_on_a_sibling_would_be_noticed(tmp_path):
+    """The proof that the test above can fail: a program, which may import siblings, does not run alone."""
+    shutil.copy(ROOT / "sft.py", tmp_path)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import sft"
+    done = run_isolated(code, tmp_path)
+    assert done.returncode == 1 and "No module named 'data'" in done.stderr
+
+
+def test_no_module_takes_more_than_torch_and_safetensors_to_import(tmp_path):
+    """transformers and sentencepiece are imported where they are needed, or not at all."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(USES)}; print(*sys.modules)"
+    done = run_isolated(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not {"transformers", "sentencepiece", "peft", "matplotlib"} & set(done.stdout.split())

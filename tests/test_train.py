@@ -1,0 +1,508 @@
+"""What train.py promises: a run folder that says all, checkpoints that PEFT reads, and resuming as if never stopped."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import evaluate
+import ppo
+import train
+from data import load_tokenizer
+from model import Llama
+from ppo import PPOConfig
+from train import RunConfig
+
+STEPS = 3
+
+
+def settings(world: Path, out: Path, **changes) -> dict:
+    """Flags of a run of a second: 8 responses of up to 8 tokens a step, two optimiser steps of 4 in each epoch."""
+    data = {"data": str(world / "data" / "ppo.json"), "evaluation": str(world / "data" / "evaluation.json")}
+    sizes = dict(steps=STEPS, save_every=1, rollout_batch_size=8, step_batch_size=4, micro_batch_size=2,
+                 rollout_micro_batch_size=4, response_length=8, learning_rate=0.01, warmup_steps=1)
+    places = dict(policy=str(world / "sft"), reward=str(world / "reward"), out=str(out), template="tiny",
+                  policy_device="cpu", reference_device="cpu")
+    return data | sizes | places | changes
+
+
+def start(given: dict, resume: bool = False) -> str:
+    """Runs train.py's loop in this process; returns what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()):
+        run, config = train.stored_config(given) if resume else train.build_config(given)
+        train.train(run, config, resume)
+    return printed.getvalue()
+
+
+def records(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def timeless(out: Path) -> dict:
+    """Everything a run computed, without the seconds it took."""
+    metrics = [{k: v for k, v in m.items() if not k.startswith("seconds_")} for m in records(out / "metrics.jsonl")]
+    return {"metrics": metrics} | {name: records(out / f"{name}.jsonl") for name in ("samples", "evaluations")
+                                   if (out / f"{name}.jsonl").exists()}
+
+
+def weights(step: Path) -> dict[str, torch.Tensor]:
+    return {f"{file.parent.name}/{file.name}/{name}": tensor for file in sorted(step.glob("*/*.safetensors"))
+            for name, tensor in load_file(file).items()}
+
+
+def assert_same_run(a: Path, b: Path, step: str = f"step-{STEPS:04d}") -> None:
+    """Bit for bit: metrics, samples, evaluations, weights, optimiser, random states."""
+    assert timeless(a) == timeless(b)
+    first, second = weights(a / step), weights(b / step)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert state_of(a / step) == state_of(b / step)
+
+
+def state_of(step: Path):
+    """trainer/state.pt with lists for tensors, so that == compares all of it."""
+    def plain(x):
+        if isinstance(x, torch.Tensor):
+            return x.tolist()
+        return {k: plain(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+    return plain(torch.load(step / "trainer" / "state.pt", weights_only=True))
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory) -> Path:
+    """A run from start to end. Tests read it and never write to it."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    printed = start(settings(world, out))
+    (out.parent / "printed").write_text(printed, encoding="utf-8")
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+# --- the run folder ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_all_of_the_run(finished):
+    names = {p.name for p in finished.iterdir()} - {"curves.png"}  # needs matplotlib
+    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"} | {
+        f"step-{n:04d}" for n in range(1, STEPS + 1)}
+    assert {p.name for p in (finished / "step-0002").iterdir()} == {"policy", "value", "trainer"}
+
+
+def test_config_json_names_every_field_and_gives_the_run_back(finished, world):
+    stored = json.loads((finished / "config.json").read_text())
+    assert set(stored) == {f.name for config in (RunConfig, PPOConfig) for f in fields(config)}
+    assert train.stored_config({"out": str(finished)}) == train.build_config(settings(world, finished))
+
+
+def test_metrics_have_one_line_a_step_with_finite_numbers(finished):
+    metrics = records(finished / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
+    documented = {"step", "learning_rate", "beta", "score_mean", "score_std", "shaped_reward", "penalty", "kl_k1",
+                  "kl_k3", "true_kl", "length", "finished", "explained_variance", "policy_loss", "value_loss",
+                  "clip_fraction", "value_clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entropy", "grad_norm",
+                  "seconds_generate", "seconds_score", "seconds_update"}
+    for m in metrics:
+        assert set(m) == documented and all(math.isfinite(x) for x in m.values())
+        assert 1 <= m["length"] <= 8 and m["grad_norm"] > 0 and m["beta"] == 0.02
+    assert metrics[0]["kl_k1"] == 0 == metrics[0]["true_kl"]  # the policy starts as its reference
+    assert metrics[-1]["true_kl"] > 0 and metrics[-1]["kl_k3"] > 0
+
+
+def test_the_learning_rate_is_set_once_a_step_and_decays_to_the_last(finished, world):
+    _, config = train.build_config(settings(world, finished))
+    expected = [ppo.learning_rate(step, STEPS, config) for step in range(1, STEPS + 1)]
+    assert [m["learning_rate"] for m in records(finished / "metrics.jsonl")] == expected
+    assert state_of(finished / "step-0003")["optimizer"]["param_groups"][0]["lr"] == expected[-1]
+
+
+def test_samples_are_readable_and_of_instructions_in_the_data(finished, world):
+    samples = records(finished / "samples.jsonl")
+    assert [s["step"] for s in samples] == [step for step in range(1, STEPS + 1) for _ in range(4)]
+    asked = {(r["instruction"], r["input"]) for r in json.loads((world / "data" / "ppo.json").read_text())}
+    assert {(s["instruction"], s["input"]) for s in samples} <= asked
+    assert len({s["instruction"] for s in samples}) > 4 and any(s["response"] for s in samples)
+
+
+def test_a_samples_score_is_the_reward_models_of_that_very_prompt_and_response(world, tmp_path, monkeypatch):
+    """Rows, prompts and responses stay together: each is scored again from its own text's token ids."""
+    kept = []
+    collect = ppo.collect
+    monkeypatch.setattr(ppo, "collect", lambda *a, **k: kept.append(collect(*a, **k)) or kept[-1])
+    start(settings(world, tmp_path / "run", steps=1, evaluation=None))
+    tokenizer, [rollout] = load_tokenizer(world / "sft"), kept
+    from data import format_prompt
+    from reward import RewardModel
+
+    model = RewardModel.from_pretrained(world / "reward")
+    for row, sample in enumerate(records(tmp_path / "run" / "samples.jsonl")):
+        prompt = tokenizer.encode(format_prompt(sample, "tiny"), bos=True)
+        response = rollout.responses[row][rollout.mask[row]].tolist()
+        assert rollout.prompts[row][rollout.prompt_mask[row].bool()].tolist() == prompt
+        assert tokenizer.decode(response) == sample["response"]
+        ids = torch.tensor([prompt + response])
+        assert model(ids, torch.ones_like(ids)).item() == pytest.approx(sample["score"], abs=1e-3)
+
+
+def test_evaluations_stand_before_and_after(finished):
+    before, after = records(finished / "evaluations.jsonl")
+    assert (before["step"], after["step"]) == (0, STEPS)
+    for evaluation in (before, after):
+        assert evaluation["n"] == len(evaluation["responses"]) == len(evaluation["preferences"]) == 12
+        assert {"win_rate", "win_rate_se", "reward", "true_kl", "tokens", "fact_precision"} <= set(evaluation)
+    assert before["true_kl"] == 0 < after["true_kl"]
+
+
+def test_the_run_says_where_things_are_what_it_checked_and_what_came_of_it(finished):
+    printed = (finished.parent / "printed").read_text()
+    assert "policy, value → cpu; reference, reward → cpu" in printed and "two models instead of four" in printed
+    assert "reward: scores the policy's token ids as they are" in printed
+    assert "self-check over" in printed and "ratio 1 ±" in printed
+    assert "3 steps × 8 responses = 24 of 60 instructions" in printed and "4 optimiser steps of 4" in printed
+    assert all(f"step {n:4d}  reward" in printed for n in range(1, STEPS + 1))
+    assert "win rate after − before" in printed and f"written to {finished}" in printed
+
+
+def test_evaluations_during_training_are_made_where_asked_and_change_nothing(world, finished, tmp_path):
+    start(settings(world, tmp_path / "run", eval_every=2))
+    assert [e["step"] for e in records(tmp_path / "run" / "evaluations.jsonl")] == [0, 2, 3]
+    assert timeless(tmp_path / "run")["metrics"] == timeless(finished)["metrics"]
+
+
+def test_without_evaluation_data_the_run_is_the_same_and_evaluates_nothing(world, finished, tmp_path):
+    start(settings(world, tmp_path / "run", evaluation=None))
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+    assert timeless(tmp_path / "run")["metrics"] == timeless(finished)["metrics"]
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_checkpoint_loads_in_peft_with_equal_logits(finished, world):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = transformers.LlamaForCausalLM.from_pretrained(world / "sft")
+    theirs = peft.PeftModel.from_pretrained(base, finished / "step-0003" / "policy").eval()
+    run, _ = train.stored_config({"out": str(finished)})
+    models = train.build_models(run, load_tokenizer(world / "sft"), say=lambda line: None)
+    train.load_weights(run, models, finished / "step-0003")
+    ids = torch.randint(3, 600, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = theirs(ids).logits
+        torch.testing.assert_close(models.policy(ids), logits, atol=1e-4, rtol=1e-4)
+        assert (logits - models.reference_logits(ids, torch.ones_like(ids), 12)).abs().max() > 0.01  # it did learn
+
+
+def test_a_checkpoint_is_named_by_the_steps_it_has_seen(finished):
+    assert [state_of(step)["step"] for step in train.checkpoints(finished)] == [1, 2, 3]
+
+
+def test_the_last_step_is_saved_though_save_every_does_not_meet_it(world, tmp_path):
+    start(settings(world, tmp_path / "run", save_every=2, evaluation=None))
+    assert [p.name for p in train.checkpoints(tmp_path / "run")] == ["step-0002", "step-0003"]
+
+
+def test_a_run_cut_off_after_a_step_resumes_bit_for_bit(copy, finished):
+    """As if killed before the checkpoint of step 2 was whole: what it had written of later steps is written anew."""
+    shutil.rmtree(copy / "step-0002")
+    (copy / "step-0003").rename(copy / ".step-0002.part")
+    assert f"resumed from {copy / 'step-0001'}" in start({"out": str(copy)}, resume=True)
+    assert_same_run(copy, finished)
+
+
+def test_a_run_that_could_not_save_keeps_the_last_checkpoint_and_resumes(world, finished, tmp_path, monkeypatch):
+    save = torch.save
+
+    def fail_at_2(content, file):
+        if content["step"] == 2:
+            Path(file).write_bytes(b"half")
+            raise OSError("disk full")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", fail_at_2)
+    with pytest.raises(OSError, match="disk full"):
+        start(settings(world, tmp_path / "run"))
+    assert [p.name for p in train.checkpoints(tmp_path / "run")] == ["step-0001"]
+    monkeypatch.undo()
+    start({"out": str(tmp_path / "run")}, resume=True)
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_resuming_a_finished_run_changes_nothing(copy, finished):
+    start({"out": str(copy)}, resume=True)
+    assert_same_run(copy, finished)
+
+
+def test_resuming_reads_lines_whatever_a_response_holds(copy):
+    """U+2028 ends a line for str.splitlines, and stands unescaped in the file."""
+    train.append_line(copy / "samples.jsonl", {"step": STEPS, "response": "a\u2028b\x85c"})
+    train.cut_after(copy / "samples.jsonl", STEPS)
+    assert records(copy / "samples.jsonl")[-1]["response"] == "a\u2028b\x85c"
+
+
+def test_equal_seeds_give_equal_runs_and_another_seed_another(world, finished, tmp_path):
+    torch.manual_seed(123)  # what ran before in this process has no part in it
+    start(settings(world, tmp_path / "again"))
+    assert_same_run(tmp_path / "again", finished)
+    start(settings(world, tmp_path / "other", seed=1, evaluation=None))
+    assert timeless(tmp_path / "other")["metrics"] != timeless(finished)["metrics"]
+
+
+def test_evaluate_py_measures_a_run_folder_as_the_run_itself_did(copy, monkeypatch, capsys):
+    """SFT and the last checkpoint, built anew from disk, give the figures and responses that training wrote down."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(copy)])
+    assert evaluate.main() == 0
+    assert "step-0003" in capsys.readouterr().out
+    results = json.loads((copy / "evaluation.json").read_text(encoding="utf-8"))
+    before, after = ({k: v for k, v in e.items() if k != "step"} for e in records(copy / "evaluations.jsonl"))
+    assert results == {"SFT": before, "step-0003": after}
+
+
+def test_evaluate_py_names_the_checkpoints_there_are(copy, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(copy), "--step", "7"])
+    assert evaluate.main() == 2
+    error = capsys.readouterr().err
+    assert "--step [7]" in error and "[1, 2, 3]" in error and error.count("\n") == 1
+
+
+# --- variants ------------------------------------------------------------------------------------------------------
+
+
+def test_shared_frozen_weights_give_exactly_the_results_of_four_models(world, finished, tmp_path, monkeypatch):
+    """Two names for one CPU make train.py build all four, as on two GPUs."""
+    monkeypatch.setattr(train, "resolve_devices", lambda *asked: ("cpu", "cpu:0", "two devices"))
+    built, build_models = [], train.build_models
+    monkeypatch.setattr(train, "build_models", lambda *a, **k: built.append(build_models(*a, **k)) or built[-1])
+    start(settings(world, tmp_path / "four"))
+    [models] = built
+    assert not models.shared and models.value.backbone is not models.reward_model.backbone
+    assert_same_run(tmp_path / "four", finished)
+
+
+def test_on_one_device_only_adapters_and_value_head_are_trained_and_frozen_weights_stand_once(world, tmp_path):
+    run, _ = train.build_config(settings(world, tmp_path))
+    models = train.build_models(run, load_tokenizer(world / "sft"), say=lambda line: None)
+    assert models.shared and models.value.backbone is models.reward_model.backbone
+    layers, targets, hidden = 2, 4, 16
+    trained = {name for m in (models.policy, models.value) for name, p in m.named_parameters() if p.requires_grad}
+    assert all(name.endswith(("lora_A", "lora_B")) or name.startswith("head.") for name in trained)
+    assert len(models.trained()) == 2 * layers * targets * 2 + 2
+    assert models.value.head.weight.numel() == hidden and not models.value.head.weight.any()
+
+
+def test_the_reward_model_and_the_reference_never_move(world, tmp_path, monkeypatch):
+    built, build_models = [], train.build_models
+    monkeypatch.setattr(train, "build_models", lambda *a, **k: built.append(build_models(*a, **k)) or built[-1])
+    start(settings(world, tmp_path / "run", steps=2, evaluation=None))
+    [models] = built
+    run, _ = train.build_config(settings(world, tmp_path / "run"))
+    fresh = build_models(run, load_tokenizer(world / "sft"), say=lambda line: None)
+    ids = torch.randint(3, 600, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        assert torch.equal(models.reference_logits(ids, mask, 9), fresh.reference_logits(ids, mask, 9))
+        assert torch.equal(models.reward(ids, mask), fresh.reward(ids, mask))
+        assert not torch.equal(models.policy_logits(ids, mask, 9), fresh.policy_logits(ids, mask, 9))
+        assert not torch.equal(models.value(ids, mask), fresh.value(ids, mask))
+
+
+def test_full_fine_tuning_saves_whole_models_and_resumes_bit_for_bit(world, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    start(settings(world, whole, tuning="full", steps=2, learning_rate=1e-3))
+    tuned, base = Llama.from_pretrained(whole / "step-0002" / "policy"), Llama.from_pretrained(world / "sft")
+    ids = torch.tensor([[1, 5, 9, 300]])
+    assert not torch.allclose(tuned(ids), base(ids), atol=1e-3)
+    moved = {name for name, p in tuned.named_parameters() if not torch.equal(p, base.get_parameter(name))}
+    assert moved == {name for name, _ in tuned.named_parameters()}
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "step-0002")
+    start({"out": str(cut)}, resume=True)
+    assert_same_run(cut, whole, "step-0002")
+
+
+def test_without_a_penalty_dropout_alone_regularises(world, tmp_path):
+    """Table 1's "dropout only"."""
+    start(settings(world, tmp_path / "run", estimator="none", lora_dropout=0.5, evaluation=None))
+    metrics = records(tmp_path / "run" / "metrics.jsonl")
+    assert all(m["penalty"] == 0 and m["shaped_reward"] == pytest.approx(m["score_mean"], abs=1e-5) for m in metrics)
+    assert metrics[-1]["kl_k3"] > 0  # measured all the same
+
+
+@pytest.mark.parametrize("name", ["clamped_kl", "kl", "squared_error", "jensen_shannon", "negative_kl", "k3"])
+def test_every_estimator_of_table_1_runs_by_name(world, tmp_path, name):
+    start(settings(world, tmp_path / "run", estimator=name, steps=2, evaluation=None))
+    first, second = records(tmp_path / "run" / "metrics.jsonl")
+    assert first["penalty"] == 0 != second["penalty"]
+
+
+def test_an_adaptive_beta_follows_the_measured_kl_and_is_restored(world, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    start(settings(world, whole, kl_target=0.001, kl_horizon=40.0, evaluation=None))
+    metrics = records(whole / "metrics.jsonl")
+    assert metrics[0]["beta"] == 0.02
+    for now, then in zip(metrics, metrics[1:]):
+        assert then["beta"] == ppo.adapt_beta(now["beta"], now["kl_k1"], 0.001, 40.0, 8) != now["beta"]
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "step-0003")
+    start({"out": str(cut)}, resume=True)
+    assert_same_run(cut, whole)
+
+
+def test_micro_batches_change_memory_not_the_result(world, finished, tmp_path):
+    start(settings(world, tmp_path / "run", steps=1, micro_batch_size=4, lora_dropout=0.0, evaluation=None))
+    start(settings(world, tmp_path / "other", steps=1, micro_batch_size=1, lora_dropout=0.0, evaluation=None))
+    first, second = weights(tmp_path / "run" / "step-0001"), weights(tmp_path / "other" / "step-0001")
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
+
+
+def test_the_self_check_stops_a_run_whose_reference_is_not_its_policy(world, tmp_path, monkeypatch):
+    build_models = train.build_models
+
+    def crooked(*a, **k):
+        models = build_models(*a, **k)
+        logits = models.reference_logits
+        models.reference_logits = lambda *inputs: logits(*inputs) * 1.1
+        return models
+
+    monkeypatch.setattr(train, "build_models", crooked)
+    with pytest.raises(RuntimeError, match="self-check.*must be 0 within"):
+        start(settings(world, tmp_path / "run", evaluation=None))
+    assert not train.checkpoints(tmp_path / "run")
+
+
+# --- placement -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count, asked, expected, note", [
+    (2, ("cuda:0", "cuda:1"), ("cuda:0", "cuda:1"), ""),
+    (1, ("cuda:0", "cuda:1"), ("cuda:0", "cuda:0"), "(cuda:1 not there)"),
+    (1, ("cuda:0", "cpu"), ("cuda:0", "cpu"), ""),
+    (0, ("cuda:0", "cuda:1"), ("cpu", "cpu"), "(cuda:0 and cuda:1 not there)"),
+])
+def test_the_default_placement_falls_to_what_there_is_and_says_so(monkeypatch, count, asked, expected, note):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    policy, reference, line = train.resolve_devices(*asked)
+    assert (policy, reference) == expected
+    assert line == f"placement: policy, value → {policy}; reference, reward → {reference} {note}".rstrip()
+
+
+# --- command line --------------------------------------------------------------------------------------------------
+
+
+def to_flags(given: dict) -> list[str]:
+    return [part for name, value in given.items() if value is not None
+            for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def call(monkeypatch, capsys, flags: list[str]) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    code = train.main()
+    return code, capsys.readouterr().err
+
+
+def test_the_program_runs_from_the_command_line(world, tmp_path):
+    flags = to_flags(settings(world, tmp_path / "run", steps=1, estimator="jensen_shannon"))
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--no-whiten-rewards"], capture_output=True,
+                          encoding="utf-8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step    1  reward" in done.stdout and "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["whiten_rewards"] is False
+    assert (tmp_path / "run" / "step-0001" / "policy" / "adapter_config.json").is_file()
+
+
+def test_help_names_every_field_with_its_default_and_unit():
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"COLUMNS": "400"})  # so wide that no line is broken inside a word
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "--resume" in text
+    for f in (f for config in (RunConfig, PPOConfig) for f in fields(config)):
+        assert f"--{f.name.replace('_', '-')}" in text, f.name
+        assert " ".join(f.metadata["help"].split()) in text and f"(default {f.default}" in text, f.name
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"estimator": "chi_squared"}, "estimator 'chi_squared' does not exist; choose clamped_kl, kl, bregman"),
+    ({"data": "nowhere.json"}, "nowhere.json: no such data file"),
+    ({"data": "empty.json"}, "empty.json: the file is empty"),
+    ({"data": "none.json"}, "none.json: the list holds no records"),
+    ({"data": "mute.json"}, "mute.json: record 1: field 'instruction' is missing"),
+    ({"evaluation": "nowhere.json"}, "nowhere.json: no such data file"),
+    ({"step_batch_size": 3}, "rollout_batch_size 8 is not a multiple of step_batch_size 3"),
+    ({"micro_batch_size": 3}, "step_batch_size 4 is not a multiple of micro_batch_size 3"),
+    ({"policy_device": "cuda:7"}, "device cuda:7 is not there"),
+    ({"reference_device": "tpu"}, "device tpu is not there"),
+    ({"reward": None}, "--reward is missing"),
+    ({"data": None}, "--data is missing"),
+    ({"policy": "nowhere"}, "nowhere: no such tokenizer"),
+    ({"reward": "nowhere"}, "nowhere"),
+    ({"template": "other"}, "template 'other'"),
+    ({"query_length": 3}, "max_tokens = 3: all 60 prompts are longer"),
+    ({"steps": 0}, "steps is 0"),
+    ({"lora_rank": 0}, "lora_rank is 0"),
+    ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+    ({"temperature": 0.0}, "temperature is 0.0"),
+])
+def test_bad_input_is_exit_code_2_and_one_line_and_no_file(world, tmp_path, monkeypatch, capsys, changes, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.json").write_text("")
+    (tmp_path / "none.json").write_text("[]")
+    (tmp_path / "mute.json").write_text(json.dumps([{"instruction": "Say x."}, {"input": "y"}]))
+    before = sorted(tmp_path.rglob("*"))
+    code, error = call(monkeypatch, capsys, to_flags(settings(world, tmp_path / "run", **changes)))
+    assert code == 2
+    assert error.startswith("train.py: ") and says in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_that_holds_a_run_is_never_overwritten(world, copy, monkeypatch, capsys):
+    before = contents(copy)
+    code, error = call(monkeypatch, capsys, to_flags(settings(world, copy)))
+    assert code == 2 and f"--out {copy} already holds files" in error and error.count("\n") == 1
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--seed", "5"], "--resume: --seed 5 differs from the run's 0"),
+    (["--steps", "9"], "--resume: --steps 9 differs from the run's 3"),
+    (["--estimator", "kl"], "--resume: --estimator kl differs from the run's bregman"),
+])
+def test_a_run_is_not_resumed_as_another(copy, monkeypatch, capsys, flags, says):
+    before = contents(copy)
+    code, error = call(monkeypatch, capsys, ["--resume", "--out", str(copy), *flags])
+    assert code == 2 and says in error and error.count("\n") == 1
+    assert contents(copy) == before
+
+
+def test_resuming_where_there_is_no_run_is_named(world, copy, tmp_path, monkeypatch, capsys):
+    code, error = call(monkeypatch, capsys, ["--resume", "--out", str(tmp_path / "nothing")])
+    assert code == 2 and "there is no run in" in error and error.count("\n") == 1
+    assert not (tmp_path / "nothing").exists()
+    for step in train.checkpoints(copy):
+        shutil.rmtree(step)
+    code, error = call(monkeypatch, capsys, ["--resume", "--out", str(copy)])
+    assert code == 2 and "no whole checkpoint in" in error and error.count("\n") == 1
+
+
+def test_resuming_with_the_same_flags_is_allowed(world, copy, finished, monkeypatch, capsys):
+    code, _ = call(monkeypatch, capsys, ["--resume", *to_flags(settings(world, copy))])
+    assert code == 0
+    assert_same_run(copy, finished)

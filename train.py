@@ -1,0 +1,585 @@
+"""Stage 3, the main job: align a policy with PPO and LoRA against a reward model (Sun, Gupta, Iyyer 2023, sections 2 and 3).
+
+    python train.py --estimator bregman                       # the miniature world, on whatever this machine has
+    python train.py --estimator jensen_shannon --policy llama-sft10k --reward reward-model --data ppo.json   # real ones
+    python train.py --estimator none --lora-dropout 0.5       # Table 1's "dropout only"
+    python train.py --resume --out runs/bregman-s0            # go on where a run stopped
+
+One PPO step: sample responses, let four models read them, shape rewards (Eq. 3), estimate advantages, take a few clipped
+optimiser steps (Eq. 2). All of that is in ppo.py; here are the configuration, the placement of the models, the loop, what it
+shows and what it saves. A run folder holds config.json, metrics.jsonl (a line a step), samples.jsonl, evaluation.json,
+curves.png and step-0020/{policy,value,trainer}, whose policy/ PEFT loads as it is.
+
+Departures from the released code: one GPU is enough, since frozen weights on the same device are shared; a checkpoint named N
+is saved after step N with every random state, so a resumed run repeats the run that was never stopped.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import evaluate
+import ppo
+from data import PromptStream, left_pad, load_instructions, load_tokenizer, tokenize_prompts
+from divergences import ESTIMATORS, get_estimator
+from lora import add_lora, load_lora, lora_disabled, merge_lora, save_lora, unmerge_lora
+from model import Llama, ValueModel, generate
+from ppo import PPOConfig
+from reward import RewardModel, scorer
+
+# Which model lives where (the paper's two GPUs, "Limitations"). --policy-device and --reference-device override it; with
+# fewer devices both fall to what there is, and models with the same frozen weights then share them.
+POLICY_DEVICE = "cuda:0"     # policy and value: trained
+REFERENCE_DEVICE = "cuda:1"  # reference and reward: frozen
+
+TINY = Path(__file__).parent / "tiny"
+# The miniature world's settings; everything else is the paper's. A model of a million parameters takes a larger learning
+# rate, shorter texts and fewer steps.
+TINY_PRESET = {
+    "policy": str(TINY / "sft"), "reward": str(TINY / "reward"), "data": str(TINY / "data" / "ppo.json"),
+    "evaluation": str(TINY / "data" / "evaluation.json"), "template": "tiny", "steps": 40,
+    "response_length": 80, "temperature": 0.7, "learning_rate": 3e-4, "micro_batch_size": 64,
+    "rollout_micro_batch_size": 256,
+}
+
+
+def setting(default, group: str, unit: str, help: str, choices: tuple[str, ...] | None = None):
+    return field(default=default, metadata={"group": group, "unit": unit, "help": help, "choices": choices})
+
+
+@dataclass
+class RunConfig:
+    """What a run is, beside PPO's own numbers (ppo.PPOConfig). Every field is a flag."""
+
+    estimator: str = setting("bregman", "objective", "", "the penalty of Table 1: " + ", ".join(ESTIMATORS) + " (or k1 k2 k3)")
+    policy: str | None = setting(None, "data and models", "", "SFT model folder; None: the miniature world's")
+    reward: str | None = setting(None, "data and models", "", "reward model folder")
+    data: str | None = setting(None, "data and models", "", "instructions, AlpacaFarm JSON or JSON lines")
+    evaluation: str | None = setting(None, "data and models", "", "evaluation instructions, for the before/after table")
+    template: str = setting("alpaca", "data and models", "", "prompt template: alpaca, tiny, chat or a JSON file")
+    query_length: int = setting(192, "data and models", "tokens", "longer prompts are dropped")
+    out: str | None = setting(None, "run", "", "run folder; None: runs/<estimator>-s<seed>")
+    seed: int = setting(0, "run", "", "decides initialisation, sampling, dropout and the order of the data")
+    steps: int = setting(100, "run", "PPO steps", "how many to take")
+    save_every: int = setting(20, "run", "PPO steps", "between checkpoints; the last step is always saved")
+    eval_every: int = setting(0, "run", "PPO steps", "between evaluations during training; 0: before and after only")
+    policy_device: str = setting(POLICY_DEVICE, "placement", "", "holds policy and value")
+    reference_device: str = setting(REFERENCE_DEVICE, "placement", "", "holds reference and reward")
+    dtype: str = setting("auto", "placement", "", "of frozen weights; auto: bfloat16 on a GPU, float32 on a CPU",
+                         ("auto", "float32", "bfloat16", "float16"))
+    tuning: str = setting("lora", "tuned weights", "", "lora, or full fine-tuning of policy and value", ("lora", "full"))
+    lora_rank: int = setting(8, "tuned weights", "", "rank k of B A (Eq. 1)")
+    lora_alpha: float = setting(64.0, "tuned weights", "", "the update is scaled by alpha / rank")
+    lora_dropout: float = setting(0.1, "tuned weights", "", "on the input of every adapter, in updates only")
+
+    def __post_init__(self) -> None:
+        get_estimator(self.estimator)
+        for name, low in (("steps", 1), ("save_every", 1), ("eval_every", 0), ("query_length", 1), ("lora_rank", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}: must be at least {low}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}: from 0 up to but not 1")
+
+
+# Command line ---------------------------------------------------------------------------------------------------------
+
+
+def flag_type(annotation: Any) -> type:
+    """int for `int`, float for `float | None`."""
+    return next(t for t in get_args(annotation) if t is not type(None)) if isinstance(annotation, UnionType) else annotation
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A flag for every field of both configurations; unset flags stay out of the namespace."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    groups: dict[str, Any] = {}
+    for config in (RunConfig, PPOConfig):
+        for f in fields(config):
+            title = f.metadata.get("group", "PPO")
+            group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
+            default = TINY_PRESET.get(f.name, f.default)
+            shown = f"{f.default}" + (f"; miniature world {default}" if default != f.default and f.default is not None else "")
+            text = f"{f.metadata['help']} (default {shown}{' ' + f.metadata['unit'] if f.metadata['unit'] else ''})"
+            options = {"choices": f.metadata["choices"]} if f.metadata.get("choices") else {}
+            if f.type is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options |= {"type": flag_type(f.type), "metavar": f.name.split("_")[-1].upper()}
+            if options.get("choices"):
+                del options["metavar"]
+            group.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **options)
+    return parser
+
+
+def build_config(given: dict[str, Any]) -> tuple[RunConfig, PPOConfig]:
+    """Defaults, overridden by the miniature world's preset when no policy is named, overridden by the flags given."""
+    chosen = given if "policy" in given else TINY_PRESET | given
+    run = RunConfig(**{f.name: chosen[f.name] for f in fields(RunConfig) if f.name in chosen})
+    config = PPOConfig(**{f.name: chosen[f.name] for f in fields(PPOConfig) if f.name in chosen})
+    for name in ("reward", "data"):
+        if getattr(run, name) is None:
+            raise ValueError(f"--{name} is missing: --policy names your own model, so name your own {name} too")
+    run.out = run.out or f"runs/{run.estimator}-s{run.seed}"
+    return run, config
+
+
+def stored_config(given: dict[str, Any]) -> tuple[RunConfig, PPOConfig]:
+    """The configuration of the run to resume; a flag that contradicts it is an error, since the run would be another one."""
+    out = Path(given["out"]) if "out" in given else Path(build_config(given)[0].out)
+    file = out / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"--resume: {file} not found: there is no run in {out} to go on with")
+    stored = json.loads(file.read_text(encoding="utf-8")) | {"out": str(out)}
+    for name, value in given.items():
+        if name != "out" and stored.get(name) != value:
+            raise ValueError(f"--resume: --{name.replace('_', '-')} {value} differs from the run's {stored.get(name)}: "
+                             "leave the flag away, or start a new run in another --out")
+    return (RunConfig(**{f.name: stored[f.name] for f in fields(RunConfig)}),
+            PPOConfig(**{f.name: stored[f.name] for f in fields(PPOConfig)}))
+
+
+# Placement ------------------------------------------------------------------------------------------------------------
+
+
+def resolve_devices(policy_device: str, reference_device: str) -> tuple[str, str, str]:
+    """(policy's device, reference's device, a line that says what happened). Only the defaults fall back; a device that was
+    asked for and isn't there is an error."""
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there += ["mps"] if torch.backends.mps.is_available() else []
+    there.append("cpu")
+    chosen, fallen = [], []
+    for flag, name, default in (("--policy-device", policy_device, POLICY_DEVICE),
+                                ("--reference-device", reference_device, REFERENCE_DEVICE)):
+        name = "cuda:0" if name == "cuda" else name
+        if name not in there and name != default:
+            raise ValueError(f"{flag} {name} is not there: choose from {', '.join(there)}")
+        if name not in there:
+            fallen.append(name)
+        chosen.append(name if name in there else there[0])
+    note = f" ({' and '.join(fallen)} not there)" if fallen else ""
+    return chosen[0], chosen[1], f"placement: policy, value → {chosen[0]}; reference, reward → {chosen[1]}{note}"
+
+
+@dataclass
+class Models:
+    """The four models, and the callables in which ppo.py sees them."""
+
+    policy: Llama
+    value: ValueModel
+    reward_model: RewardModel
+    policy_logits: Callable[[Tensor, Tensor, int], Tensor]
+    reference_logits: Callable[[Tensor, Tensor, int], Tensor]
+    reward: Callable[[Tensor, Tensor], Tensor]
+    policy_device: str
+    reference_device: str
+    shared: bool
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        return [p for m in (self.policy, self.value) for p in m.parameters() if p.requires_grad]
+
+    def mode(self, training: bool) -> None:
+        """Dropout is on in updates and off in rollouts (released code)."""
+        self.policy.train(training)
+        self.value.train(training)
+
+
+def choose_dtype(run: RunConfig, device: str) -> torch.dtype:
+    """Full fine-tuning needs float32 weights: at a learning rate of 1e-5 most bf16 updates round away."""
+    if run.tuning == "full":
+        return torch.float32
+    name = run.dtype if run.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
+    return getattr(torch, name)
+
+
+def build_models(run: RunConfig, tokenizer, say: Callable[[str], None] = print) -> Models:
+    """Loads policy, value, reference and reward and puts each on its device.
+
+    On one device with LoRA the frozen weights stand in memory once: the reference is the policy with its adapter switched off,
+    the value model is the reward model's backbone with an adapter. That is exact and makes two models of four.
+    """
+    policy_device, reference_device, line = resolve_devices(run.policy_device, run.reference_device)
+    dtype = choose_dtype(run, policy_device)
+    shared = run.tuning == "lora" and policy_device == reference_device
+    say(f"{line}; {str(dtype).removeprefix('torch.')}"
+        + ("; one device: frozen weights are shared, two models instead of four" if shared else ""))
+
+    policy = Llama.from_pretrained(run.policy, dtype=dtype, device=policy_device)
+    reward_model = RewardModel.from_pretrained(run.reward, dtype=dtype, device=reference_device).requires_grad_(False)
+    if shared:
+        reference, backbone = policy, reward_model.backbone
+    else:
+        reference = Llama.from_pretrained(run.policy, dtype=dtype, device=reference_device).requires_grad_(False)
+        backbone = RewardModel.from_pretrained(run.reward, dtype=dtype, device=policy_device).backbone
+    value = ValueModel(backbone)
+    if run.tuning == "lora":
+        torch.manual_seed(run.seed)  # loading four models draws more than loading two: adapters must not depend on it
+        for adapted in (policy, backbone):
+            add_lora(adapted, run.lora_rank, run.lora_alpha, run.lora_dropout)
+    else:
+        backbone.requires_grad_(True)  # its output layer is the embedding, tied, and so trains with it
+
+    score = scorer(reward_model, tokenizer, load_tokenizer(run.reward), say)
+
+    def reference_logits(input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+        with lora_disabled(reference) if shared else nullcontext():
+            return reference(input_ids, attention_mask, logits_to_keep=keep)
+
+    def reward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        with lora_disabled(backbone) if shared else nullcontext():
+            return score(input_ids, attention_mask)
+
+    models = Models(policy, value, reward_model, lambda ids, mask, keep: policy(ids, mask, logits_to_keep=keep),
+                    reference_logits, reward, policy_device, reference_device, shared)
+    models.mode(training=False)
+    return models
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """Everything beside the weights that decides how a run goes on."""
+
+    optimizer: torch.optim.Optimizer
+    stream: PromptStream
+    sampling: torch.Generator  # on the policy's device
+    shuffling: torch.Generator  # on the CPU
+    beta: float
+    step: int = 0
+
+
+def save_checkpoint(out: Path, run: RunConfig, models: Models, state: State) -> Path:
+    """step-0020/{policy,value,trainer}, written beside its place and renamed, so that a name means a whole checkpoint."""
+    final = out / f"step-{state.step:04d}"
+    part = out / f".{final.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "trainer").mkdir(parents=True)
+    (part / "value").mkdir()
+    if run.tuning == "lora":
+        save_lora(models.policy, part / "policy", base_model_name_or_path=str(run.policy))
+        save_lora(models.value, part / "value", base_model_name_or_path=str(run.reward))
+    else:
+        models.policy.save_pretrained(part / "policy")
+        models.value.backbone.save_pretrained(part / "value")
+    head = {name: tensor.detach().cpu() for name, tensor in models.value.head.state_dict().items()}
+    save_file(head, part / "value" / "value_head.safetensors")
+    random_states = {"torch": torch.get_rng_state(), "sampling": state.sampling.get_state(),
+                     "shuffling": state.shuffling.get_state()}
+    if models.policy_device.startswith("cuda"):
+        random_states["cuda"] = torch.cuda.get_rng_state(models.policy_device)
+    torch.save({"step": state.step, "beta": state.beta, "stream": state.stream.state_dict(), "random": random_states,
+                "optimizer": state.optimizer.state_dict()}, part / "trainer" / "state.pt")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(part, final)
+    return final
+
+
+def load_weights(run: RunConfig, models: Models, folder: Path) -> None:
+    """Policy and value of a checkpoint into models that were built with the same configuration."""
+    if run.tuning == "lora":
+        load_lora(models.policy, folder / "policy")
+        load_lora(models.value, folder / "value")
+    else:
+        for module, name in ((models.policy, "policy"), (models.value.backbone, "value")):
+            module.load_state_dict(Llama.from_pretrained(folder / name, device=models.policy_device).state_dict())
+    models.value.head.load_state_dict(load_file(folder / "value" / "value_head.safetensors"))
+
+
+def load_checkpoint(run: RunConfig, models: Models, state: State, folder: Path) -> None:
+    """Everything save_checkpoint wrote, back in place."""
+    load_weights(run, models, folder)
+    stored = torch.load(folder / "trainer" / "state.pt", map_location="cpu", weights_only=True)
+    state.optimizer.load_state_dict(stored["optimizer"])
+    state.stream.load_state_dict(stored["stream"])
+    state.step, state.beta = stored["step"], stored["beta"]
+    torch.set_rng_state(stored["random"]["torch"])
+    state.sampling.set_state(stored["random"]["sampling"])
+    state.shuffling.set_state(stored["random"]["shuffling"])
+    if "cuda" in stored["random"]:
+        torch.cuda.set_rng_state(stored["random"]["cuda"], models.policy_device)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(p for p in out.glob("step-*") if (p / "trainer" / "state.pt").is_file())
+
+
+def check_run_folder(out: Path, resume: bool) -> Path | None:
+    """The checkpoint to resume from, or None for a new run; an error when the folder holds another run's results."""
+    if resume:
+        found = checkpoints(out)
+        if not found:
+            raise FileNotFoundError(f"--resume: no whole checkpoint in {out}: delete the folder to start anew")
+        return found[-1]
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} already holds files: --resume goes on with that run, another --out starts a new one")
+    return None
+
+
+def write_text(file: Path, text: str) -> None:
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def append_line(file: Path, record: dict) -> None:
+    with open(file, "a", encoding="utf-8") as out:
+        out.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def cut_after(file: Path, step: int) -> None:
+    """Drops the lines of steps that the checkpoint has not seen: a resumed run writes them again."""
+    if file.is_file():
+        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]  # a response may hold U+2028
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_text(file, "".join(line + "\n" for line in kept))
+
+
+# One PPO step ---------------------------------------------------------------------------------------------------------
+
+
+class PhaseBars:
+    """Progress inside a step: one bar a phase with rate and time left; also adds up the seconds each phase took."""
+
+    def __init__(self, config: PPOConfig):
+        n = config.rollout_batch_size
+        self.left = {"generate": n, "score": n, "update": n * config.ppo_epochs}  # responses, in the order of the phases
+        self.seconds = dict.fromkeys(self.left, 0.0)
+        self.mark = time.perf_counter()
+        self.bar = self.next_bar()
+
+    def next_bar(self) -> tqdm | None:
+        """A bar for the first phase with anything left; shown once it has run for a second."""
+        phase = next((phase for phase, n in self.left.items() if n), None)
+        return phase and tqdm(total=self.left[phase], desc=f"  {phase}", unit="response", leave=False, position=1, delay=1)
+
+    def resume(self) -> None:
+        """What has passed since the last response belongs to no phase."""
+        self.mark = time.perf_counter()
+
+    def __call__(self, phase: str, n: int) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] += now - self.mark
+        self.mark = now
+        self.left[phase] -= n
+        self.bar.update(n)
+        if not self.left[phase]:
+            self.bar.close()
+            self.bar = self.next_bar()
+
+
+@contextmanager
+def folded(policy: Llama) -> Iterator[None]:
+    """For sampling: in float32 the adapter is folded into the weights, which saves its cost at every token; in bf16 the fold
+    would round small updates away, so there it stays apart."""
+    if policy.lm_head.weight.dtype == torch.float32:
+        merge_lora(policy)
+    try:
+        yield
+    finally:
+        unmerge_lora(policy)
+
+
+def make_generate(models: Models, config: PPOConfig, tokenizer, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
+    """The rollout's sampler, as ppo.collect calls it."""
+
+    def sample(prompts: Tensor, prompt_mask: Tensor) -> Tensor:
+        with folded(models.policy):
+            return generate(models.policy, prompts, prompt_mask, config.response_length, temperature=config.temperature,
+                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, generator=generator)
+
+    return sample
+
+
+def true_kl_of(models: Models, rollout: ppo.Rollout, config: PPOConfig, tokenizer, rows: int = 32) -> float:
+    """True KL per token over the vocabulary, on the first `rows` responses of the rollout."""
+    prompts = [p[m.bool()].tolist() for p, m in zip(rollout.prompts[:rows], rollout.prompt_mask[:rows])]
+    responses = [r[m].tolist() for r, m in zip(rollout.responses[:rows], rollout.mask[:rows])]
+    with torch.no_grad():
+        sums, lengths = evaluate.kl_of_batch(models.policy_logits, models.reference_logits, prompts, responses,
+                                             tokenizer.pad_token_id, config.temperature, models.policy_device,
+                                             models.reference_device)
+    return float(sums.sum()) / sum(lengths)
+
+
+def ppo_step(models: Models, state: State, run: RunConfig, config: PPOConfig, tokenizer, prompts
+             ) -> tuple[dict, ppo.Rollout, list[int]]:
+    """One rollout and the updates on it; returns the step's metrics, the rollout and which prompts it answered."""
+    bars = PhaseBars(config)
+    rows = state.stream.next_batch(config.rollout_batch_size)
+    input_ids, attention_mask = left_pad([prompts.ids[i] for i in rows], tokenizer.pad_token_id)
+    models.mode(training=False)
+    rollout = ppo.collect(
+        models.policy_logits, models.value, models.reference_logits, models.reward,
+        make_generate(models, config, tokenizer, state.sampling), get_estimator(run.estimator), input_ids, attention_mask,
+        config, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        policy_device=models.policy_device, reference_device=models.reference_device, beta=state.beta, progress=bars)
+    metrics = ppo.rollout_stats(rollout) | {"true_kl": true_kl_of(models, rollout, config, tokenizer), "beta": state.beta}
+    shaped = ppo.shape_rewards(rollout.scores, rollout.penalties, rollout.mask, state.beta)
+    metrics["shaped_reward"] = shaped.sum(1).mean().item()
+    if state.step == 0:
+        self_check(models, rollout, config)
+
+    rate = ppo.learning_rate(state.step + 1, run.steps, config)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    models.mode(training=True)
+    bars.resume()
+    metrics |= ppo.update(models.policy_logits, models.value, rollout, state.optimizer, config, state.shuffling, progress=bars)
+    models.mode(training=False)
+    if config.kl_target is not None:
+        state.beta = ppo.adapt_beta(state.beta, metrics["kl_k1"], config.kl_target, config.kl_horizon, len(rollout))
+    state.step += 1
+    seconds = {f"seconds_{phase}": round(s, 3) for phase, s in bars.seconds.items()}
+    return {"step": state.step, "learning_rate": rate} | metrics | seconds, rollout, rows
+
+
+def self_check(models: Models, rollout: ppo.Rollout, config: PPOConfig) -> None:
+    """Before the first update the ratio is 1 and the reference is the policy; anything else is a bug and stops the run."""
+    found = ppo.self_check(models.policy_logits, rollout, config)
+    tolerance = 1e-3 if models.policy.lm_head.weight.dtype == torch.float32 else 0.1  # bf16 rounds by batch shape
+    tokens = int(rollout.mask.sum())
+    line = (f"self-check over {tokens:,} tokens: ratio 1 ± {found['ratio_error']:.1e}, "
+            f"|log π − log π_ref| ≤ {found['reference_gap']:.1e} before the first update")
+    if max(found.values()) > tolerance:
+        raise RuntimeError(f"{line}: both must be 0 within {tolerance}; masks, positions or weights disagree")
+    tqdm.write(line)
+
+
+def step_line(m: dict) -> str:
+    """The line a step prints."""
+    return (f"step {m['step']:4d}  reward {m['score_mean']:6.3f}  shaped {m['shaped_reward']:6.3f}  k1 {m['kl_k1']:7.4f}  "
+            f"k3 {m['kl_k3']:6.4f}  KL {m['true_kl']:6.4f}  tokens {m['length']:5.1f}  clip {m['clip_fraction']:5.3f}  "
+            f"v-loss {m['value_loss']:6.4f}  grad {m['grad_norm']:6.3f}  "
+            f"s {m['seconds_generate']:.1f}+{m['seconds_score']:.1f}+{m['seconds_update']:.1f}")
+
+
+# The run --------------------------------------------------------------------------------------------------------------
+
+
+def describe(run: RunConfig, config: PPOConfig, models: Models, prompts, say: Callable[[str], None] = print) -> None:
+    """Sizes that follow from the configuration, in words."""
+    updates = config.ppo_epochs * config.rollout_batch_size // config.step_batch_size
+    seen = run.steps * config.rollout_batch_size
+    trained = sum(p.numel() for p in models.trained())
+    total = sum(p.numel() for p in models.policy.parameters())
+    if run.policy == TINY_PRESET["policy"]:
+        numbers = [f"{name} {value}" for name, value in TINY_PRESET.items() if not isinstance(value, str)]
+        say(f"miniature world, preset: {', '.join(numbers)} (flags override it)")
+    say(f"{run.tuning}: {trained:,} trained parameters (policy, value and its head) beside {total:,} in the policy; "
+        f"penalty {run.estimator}, beta {config.beta}")
+    say(f"{run.steps} steps × {config.rollout_batch_size} responses = {seen:,} of {len(prompts.ids):,} instructions "
+        f"({seen / len(prompts.ids):.2f} epochs; {prompts.dropped} dropped as longer than {run.query_length} tokens); "
+        f"a step has {updates} optimiser steps of {config.step_batch_size}, in micro-batches of {config.micro_batch_size}")
+
+
+def evaluate_now(models: Models, run: RunConfig, config: PPOConfig, tokenizer, benchmark: dict, label: str) -> dict:
+    """evaluate.py's figures for the policy as it is, at the temperature of the rollouts."""
+    with folded(models.policy):
+        sampled = evaluate.answer(models.policy, tokenizer, benchmark, max_new_tokens=config.response_length,
+                                  temperature=config.temperature, seed=run.seed, label=label)
+    return evaluate.measure(sampled, models.policy_logits, models.reference_logits, models.reward, tokenizer, benchmark,
+                            temperature=config.temperature, policy_device=models.policy_device,
+                            reference_device=models.reference_device)
+
+
+def save_samples(file: Path, step: int, rollout: ppo.Rollout, prompts, rows: list[int], tokenizer) -> None:
+    """The first responses of a rollout in readable form."""
+    for row, index in enumerate(rows):
+        example = prompts.examples[index]
+        text = tokenizer.decode(rollout.responses[row][rollout.mask[row]])
+        append_line(file, {"step": step, "instruction": example["instruction"], "input": example.get("input", ""),
+                           "response": text, "score": round(rollout.scores[row].item(), 4)})
+
+
+def train(run: RunConfig, config: PPOConfig, resume: bool = False) -> Path:
+    """The whole run; returns its folder."""
+    out = Path(run.out)
+    checkpoint = check_run_folder(out, resume)  # before anything slow
+    torch.manual_seed(run.seed)
+    tokenizer = load_tokenizer(run.policy)
+    prompts = tokenize_prompts(load_instructions(run.data), tokenizer, run.template, run.query_length)
+    benchmark = evaluate.load_benchmark(run.evaluation, tokenizer, run.template, run.query_length) if run.evaluation else None
+    models = build_models(run, tokenizer)
+    optimizer = torch.optim.Adam(models.trained(), lr=config.learning_rate, eps=config.adam_eps)
+    state = State(optimizer, PromptStream(len(prompts.ids), run.seed),
+                  sampling=torch.Generator(models.policy_device).manual_seed(run.seed),
+                  shuffling=torch.Generator().manual_seed(run.seed), beta=config.beta)
+    describe(run, config, models, prompts)
+    if checkpoint:
+        load_checkpoint(run, models, state, checkpoint)
+        for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
+            cut_after(out / name, state.step)
+        print(f"resumed from {checkpoint}")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "config.json", json.dumps(asdict(run) | asdict(config), indent=2) + "\n")
+    loop(run, config, models, state, tokenizer, prompts, benchmark)
+    finish(out, benchmark)
+    return out
+
+
+def loop(run: RunConfig, config: PPOConfig, models: Models, state: State, tokenizer, prompts, benchmark: dict | None) -> None:
+    """Steps until the last one, with a checkpoint every save_every and evaluations before, after and every eval_every."""
+    out = Path(run.out)
+
+    def evaluation(label: str) -> None:
+        result = evaluate_now(models, run, config, tokenizer, benchmark, label)
+        append_line(out / "evaluations.jsonl", {"step": state.step} | result)
+
+    with tqdm(total=run.steps, initial=state.step, desc="PPO", unit="step", position=0) as bar:
+        if benchmark and state.step == 0:
+            evaluation("before")
+        while state.step < run.steps:
+            metrics, rollout, rows = ppo_step(models, state, run, config, tokenizer, prompts)
+            append_line(out / "metrics.jsonl", metrics)
+            tqdm.write(step_line(metrics))
+            bar.update()
+            save_samples(out / "samples.jsonl", state.step, rollout, prompts, rows[:4], tokenizer)
+            if benchmark and (state.step == run.steps or run.eval_every and state.step % run.eval_every == 0):
+                evaluation(f"step {state.step}")
+            if state.step % run.save_every == 0 or state.step == run.steps:
+                save_checkpoint(out, run, models, state)
+
+
+def finish(out: Path, benchmark: dict | None) -> None:
+    """The before/after table, three pairs of answers, the picture, and where all of it lies."""
+    evaluations = evaluate.read_lines(out / "evaluations.jsonl")
+    if evaluations:
+        print("\n" + evaluate.before_after(evaluations[0], evaluations[-1], benchmark["tasks"]))
+    picture = evaluate.draw_curves(out)
+    print(f"\nwritten to {out}: {', '.join(sorted(p.name for p in out.iterdir() if not p.name.startswith('.')))}"
+          + ("" if picture else "\ncurves.png needs matplotlib: pip install matplotlib"))
+
+
+def main() -> int:
+    given = vars(build_parser().parse_args())
+    resume = given.pop("resume", False)
+    try:
+        run, config = stored_config(given) if resume else build_config(given)
+        train(run, config, resume)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
