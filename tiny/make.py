@@ -54,7 +54,7 @@ CONFIG = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_a
 CORPUS = 120_000       # pretraining texts, each read once
 PRETRAIN = dict(epochs=1, batch_size=32, learning_rate=4e-3, warmup=0.05)
 SFT = dict(epochs=2, batch_size=32, learning_rate=1e-3)
-REWARD = dict(epochs=1, batch_size=8, learning_rate=5e-4, warmup=0.05)
+REWARD = dict(epochs=1, batch_size=16, learning_rate=1e-3, warmup=0.05)
 
 
 def write_json(file: Path, content, indent: int | None = None) -> None:
