@@ -51,9 +51,9 @@ TINY = Path(__file__).parent / "tiny"
 # rate, shorter texts and fewer steps.
 TINY_PRESET = {
     "policy": str(TINY / "sft"), "reward": str(TINY / "reward"), "data": str(TINY / "data" / "ppo.json"),
-    "evaluation": str(TINY / "data" / "evaluation.json"), "template": "tiny", "steps": 40,
-    "response_length": 80, "temperature": 0.7, "learning_rate": 3e-4, "micro_batch_size": 64,
-    "rollout_micro_batch_size": 256,
+    "evaluation": str(TINY / "data" / "evaluation.json"), "template": "tiny", "steps": 25,
+    "response_length": 80, "temperature": 0.7, "learning_rate": 5e-4, "rollout_batch_size": 128, "step_batch_size": 64,
+    "micro_batch_size": 64, "rollout_micro_batch_size": 128,
 }
 
 

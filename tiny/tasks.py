@@ -2,7 +2,7 @@
 
 A task is a record in AlpacaFarm's JSON (instruction, input, output) plus what a judge needs to know about it: its
 family, the topics it is about, the aspects it asks for, how many facts or sentences it allows, or its exact answer.
-Three in five are open ("Tell me about copper."), as in AlpacaFarm's evaluation set; the closed ones ask for a fact, read a
+Two in three are open ("Tell me about copper."), as most of AlpacaFarm's evaluation set is; the others ask for a fact, read a
 passage, handle a list, calculate or rewrite a sentence.
 
     python -m tiny.tasks            # prints one task of every family
@@ -473,14 +473,8 @@ def make_corpus(size: int, seed: int, splits: dict[str, list[dict]]) -> list[str
 
 def main() -> None:
     rng = random.Random(0)
-    shown = {}
-    while len(shown) < 45:
-        task = rng.choice(list(BUILDERS))(rng)
-        shown.setdefault(task.family, task)
-        if rng.random() < 1e-3:
-            break
-    for family, task in shown.items():
-        print(f"{family}\n  {task.instruction!r} {task.input!r}\n  → {task.output!r}")
+    for task in (builder(rng) for builder in BUILDERS):
+        print(f"{task.family}\n  {task.instruction!r} {task.input!r}\n  → {task.output!r}")
 
 
 if __name__ == "__main__":
