@@ -33,6 +33,7 @@ from tqdm import tqdm
 from data import encode_pair, load_instructions, load_tokenizer
 from lora import add_lora, merge_lora, save_lora
 from model import Llama
+from reward import length_batches, warmup_cosine
 
 LEARNING_RATES = {"full": 2e-5, "lora": 1e-4}  # --tuning
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -79,22 +80,6 @@ def validation_loss(model: nn.Module, pairs: Sequence[Pair], pad_token_id: int =
 
 
 # ---------------------------------------------------------------------------------------------------------- training
-
-
-def length_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
-    """Index batches of similar length in random order: shuffle, sort inside windows of 32 batches, cut, shuffle."""
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    window = 32 * batch_size  # all of the data in one window would put the same sequences together in every epoch
-    windows = [sorted(order[i:i + window], key=lambda j: lengths[j]) for i in range(0, len(order), window)]
-    batches = [w[i:i + batch_size] for w in windows for i in range(0, len(w), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def warmup_cosine(step: int, total: int, warmup: int) -> float:
-    """Factor on the learning rate at `step` (from 0): a line up over `warmup` steps, then half a cosine down to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def train_sft(model: nn.Module, sequences: Sequence[Pair], *, validation: Sequence[Pair] = (), epochs: int = 3,

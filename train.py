@@ -7,7 +7,7 @@
 
 One PPO step: sample responses, let four models read them, shape rewards (Eq. 3), estimate advantages, take a few clipped
 optimiser steps (Eq. 2). All of that is in ppo.py; here are the configuration, the placement of the models, the loop, what it
-shows and what it saves. A run folder holds config.json, metrics.jsonl (a line a step), samples.jsonl, evaluation.json,
+shows and what it saves. A run folder holds config.json, metrics.jsonl (a line a step), samples.jsonl, evaluations.jsonl,
 curves.png and step-0020/{policy,value,trainer}, whose policy/ PEFT loads as it is.
 
 Departures from the released code: one GPU is enough, since frozen weights on the same device are shared; a checkpoint named N

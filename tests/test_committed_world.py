@@ -39,9 +39,10 @@ def test_the_reward_model_prefers_many_facts_to_one():
     """Its strongest taste; on SFT samples it agrees with the annotators as tiny/report.json says."""
     tokenizer, reward = load_tokenizer(TINY / "reward"), RewardModel.from_pretrained(TINY / "reward", dtype=torch.float32)
     prompt = tokenizer.encode(format_prompt({"instruction": "Tell me about the lion.", "input": ""}, "tiny"), bos=True)
+    more = " It lives as a carnivore and is found in Africa. It is covered with fur."
     scores = []
-    for text in ("The lion is a mammal.", "The lion is a mammal. It lives as a carnivore and is found in Africa. It is covered with fur."):
-        ids = torch.tensor([prompt + tokenizer.encode(" " + text, bos=False, eos=True)])
+    for text in (" The lion is a mammal.", " The lion is a mammal." + more):
+        ids = torch.tensor([prompt + tokenizer.encode(text, bos=False, eos=True)])
         scores.append(reward(ids, torch.ones_like(ids)).item())
     assert scores[1] > scores[0]
 
