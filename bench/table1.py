@@ -4,7 +4,7 @@
     python bench/table1.py --only bregman none --seeds 0     # some of it; finished runs are not run again
 
 Each cell is one `python train.py` on the miniature world; flags behind `--` go to every run. The table goes to
-<out>/table1.md, with the command, and the runs lie beside it. Win rates are means over seeds with the paper's bootstrap error;
+<out>/table1.md, and the runs lie beside it. Win rates are means over seeds with the paper's bootstrap error;
 "gain" is the paired difference to SFT on the 805 evaluation instructions, seed by seed, in points and in its standard errors.
 """
 
@@ -30,18 +30,22 @@ ROWS = {  # name: (what Table 1 calls it, flags)
 }
 
 
-def run(name: str, seed: int, out: Path, extra: list[str]) -> Path:
+def finished(folder: Path) -> bool:
+    """Whether a run got as far as its last evaluation."""
+    return len(read_lines(folder / "evaluations.jsonl")) >= 2
+
+
+def run(name: str, seed: int, out: Path, extra: list[str]) -> None:
     """Trains one cell, unless it is there already; its output goes to a log beside it."""
     folder = out / f"{name}-s{seed}"
-    if len(read_lines(folder / "evaluations.jsonl")) >= 2:
-        return folder
+    if finished(folder):
+        return
     out.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] if any(folder.glob("step-*")) else []
     command = [sys.executable, str(ROOT / "train.py"), *ROWS[name][1], "--seed", str(seed), "--out", str(folder), *extra, *resume]
     print(" ".join(command[1:]), flush=True)
     with open(out / f"{name}-s{seed}.log", "w", encoding="utf-8") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-    return folder
 
 
 def summarise(name: str, folders: list[Path]) -> str:
@@ -57,24 +61,32 @@ def summarise(name: str, folders: list[Path]) -> str:
     def mean(key: str, digits: int) -> str:
         return f"{sum(a[key] for a in after) / len(after):.{digits}f}"
 
-    return (f"| {ROWS[name][0]} | {rate:.1f} ± {error:.1f} | {', '.join(gains)} | {mean('true_kl', 3)} | {mean('reward', 2)} | "
+    spread = f"{rate:.1f} ± {error:.1f}" if len(folders) > 1 else f"{rate:.1f} (one seed)"
+    return (f"| {ROWS[name][0]} | {spread} | {', '.join(gains)} | {mean('true_kl', 3)} | {mean('reward', 2)} | "
             f"{mean('tokens', 1)} | {mean('fact_precision', 1)} | {mean('repeats', 2)} |")
 
 
 def main() -> None:
-    argv, _, extra = " ".join(sys.argv[1:]).partition(" -- ")
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    argv, extra = sys.argv[1:split], sys.argv[split + 1:]
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--out", type=Path, default=Path("runs/table1"))
-    args = parser.parse_args(argv.split())
+    parser.add_argument("--finished", action="store_true", help="run nothing, tabulate the runs that are finished")
+    args = parser.parse_args(argv)
     folders: dict[str, list[Path]] = {name: [] for name in args.only}
     for seed in args.seeds:  # seed by seed, so that an interrupted study has whole seeds
         for name in args.only:
-            folders[name].append(run(name, seed, args.out, extra.split()))
-    before = read_lines(folders[args.only[0]][0] / "evaluations.jsonl")[0]
-    lines = [f"`python bench/table1.py {' '.join(sys.argv[1:])}`".replace(" `", "`"), "",
-             "| divergence estimator | win rate, % | gain over SFT by seed, points (standard errors) | true KL | reward | tokens "
+            if not args.finished:
+                run(name, seed, args.out, extra)
+            if finished(folder := args.out / f"{name}-s{seed}"):
+                folders[name].append(folder)
+    folders = {name: found for name, found in folders.items() if found}
+    if not folders:
+        sys.exit(f"table1.py: no finished run in {args.out}")
+    before = read_lines(next(iter(folders.values()))[0] / "evaluations.jsonl")[0]
+    lines = ["| divergence estimator | win rate, % | gain over SFT by seed, points (standard errors) | true KL | reward | tokens "
              "| fact precision, % | repeats |", "| --- | --- | --- | --- | --- | --- | --- | --- |",
              f"| *SFT* | {before['win_rate']:.1f} ± {before['win_rate_se']:.1f} | | 0 | {before['reward']:.2f} | "
              f"{before['tokens']:.1f} | {before['fact_precision']:.1f} | {before['repeats']:.2f} |"]
