@@ -46,14 +46,18 @@ def win_rate(preferences: Sequence[float | None]) -> tuple[float, float]:
     and 2 are a weighted judge's. None (unparsable) is left out. As AlpacaEval: mean of preference − 1, and the sample
     deviation over sqrt(n). Raises ValueError when nothing is left or a value is neither.
     """
-    kept = [1.5 if p == 0 else float(p) for p in preferences if p is not None]
+    kept = [half_for_tie(p) for p in preferences if p is not None]
     if not kept:
         raise ValueError("win_rate: no preference is left; None marks a judgement that could not be read")
     outside = [p for p in kept if not 1 <= p <= 2]
     if outside:
         raise ValueError(f"win_rate: preference {outside[0]} must be 0 (tie) or from 1 (reference) to 2 (candidate)")
-    mean, error = mean_and_error([100 * (p - 1) for p in kept])
-    return mean, error
+    return mean_and_error([100 * (p - 1) for p in kept])
+
+
+def half_for_tie(preference: float) -> float:
+    """AlpacaEval writes a tie as 0, weighted judges as 1.5: both are half a win."""
+    return 1.5 if preference == 0 else float(preference)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -70,8 +74,7 @@ def paired_difference(before: Sequence[float | None], after: Sequence[float | No
     Both models answered the same instructions, so the difference example by example varies less than two win rates do.
     """
     both = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
-    half = {0: 1.5}
-    return mean_and_error([100 * (half.get(a, a) - half.get(b, b)) for b, a in both])
+    return mean_and_error([100 * (half_for_tie(a) - half_for_tie(b)) for b, a in both])
 
 
 def bootstrap(values_per_run: Sequence[float | Sequence[float]], n: int = 1000, seed: int = 0) -> tuple[float, float]:
@@ -266,7 +269,10 @@ def before_after(before: dict, after: dict, tasks: Sequence[dict], pairs: int = 
         difference, error = paired_difference(before["preferences"], after["preferences"])
         in_errors = f", {difference / error:.1f} standard errors" if error else ""
         lines.append(f"win rate after − before: {difference:+.1f} ± {error:.1f} points (paired over {before['n']}{in_errors})")
-    for i in range(0, len(tasks), max(1, len(tasks) // pairs))[:pairs]:
+    changed = [i for i in range(len(tasks)) if before["responses"][i] != after["responses"][i]]
+    if changed:
+        lines += ["", f"{min(pairs, len(changed))} of the {len(changed)} answers that changed, of {len(tasks)} in all:"]
+    for i in changed[::max(1, len(changed) // pairs)][:pairs]:
         asked = tasks[i]["instruction"] + (f" [{tasks[i]['input']}]" if tasks[i].get("input") else "")
         lines += ["", f"  {asked}", f"    before: {before['responses'][i]}", f"    after:  {after['responses'][i]}"]
     return "\n".join(lines)
@@ -331,17 +337,6 @@ def draw_win_rate(axis, evaluations: list[dict]) -> None:
 # ---------------------------------------------------------------------------------------------------------- program
 
 
-def evaluate_checkpoint(run, config, checkpoint: Path | None, tokenizer, benchmark: dict, say=print) -> dict:
-    """Builds the run's models, puts the checkpoint's weights in (None: SFT as it is), answers and measures."""
-    import train
-
-    models = train.build_models(run, tokenizer, say)
-    if checkpoint:
-        train.load_weights(run, models, checkpoint)
-    label = checkpoint.name if checkpoint else "SFT"
-    return train.evaluate_now(models, run, config, tokenizer, benchmark, label)
-
-
 def evaluate_run(folder: Path, steps: list[int] | None, data: str | None) -> dict[str, dict]:
     """{"SFT": figures, "step-0020": figures, ...} of a run folder."""
     import train
@@ -356,12 +351,11 @@ def evaluate_run(folder: Path, steps: list[int] | None, data: str | None) -> dic
     missing = [s for s in steps or [] if s not in found]
     if missing or not found:
         raise ValueError(f"--step {missing or 'last'}: {folder} holds checkpoints {sorted(found)}")
-    chosen = [None, *(found[s] for s in steps or [max(found)])]
-    results = {}
-    for checkpoint in chosen:
-        name = checkpoint.name if checkpoint else "SFT"
-        results[name] = evaluate_checkpoint(run, config, checkpoint, tokenizer, benchmark, say=lambda _: None)
-        print(f"{name}: done")
+    models = train.build_models(run, tokenizer, say=lambda _: None)
+    results = {"SFT": train.evaluate_now(models, run, config, tokenizer, benchmark, "SFT")}
+    for step in steps or [max(found)]:
+        train.load_weights(run, models, found[step])
+        results[found[step].name] = train.evaluate_now(models, run, config, tokenizer, benchmark, found[step].name)
     return results
 
 
@@ -370,8 +364,9 @@ def evaluate_adapter(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
     model, what is not given comes from that world; the reward is left out, since an adapter names no reward model."""
     from train import TINY_PRESET
 
-    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    base = args.policy or named or ""
+    base = args.policy or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"--policy is missing: {folder}/adapter_config.json names no base model")
     preset = TINY_PRESET if Path(base).resolve() == Path(TINY_PRESET["policy"]).resolve() else {}
     data = args.data or preset.get("evaluation")
     if data is None:

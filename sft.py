@@ -85,7 +85,8 @@ def validation_loss(model: nn.Module, pairs: Sequence[Pair], pad_token_id: int =
 def train_sft(model: nn.Module, sequences: Sequence[Pair], *, validation: Sequence[Pair] = (), epochs: int = 3,
               batch_size: int = 128, micro_batch_size: int | None = None, learning_rate: float = 2e-5,
               warmup: float = 0.03, weight_decay: float = 0.0, max_grad_norm: float = 1.0, pad_token_id: int = 0,
-              seed: int = 0, progress: bool = True) -> list[dict]:
+              seed: int = 0, progress: bool = True,
+              desc: str = "SFT") -> list[dict]:
     """Train the parameters of `model` that require gradients, in place, on (prompt ids, response ids through EOS).
 
     `model` offers `.hidden(input_ids)` -> (B, S, D) and `.lm_head`. `warmup` is the share of steps on the way up.
@@ -114,7 +115,7 @@ def train_sft(model: nn.Module, sequences: Sequence[Pair], *, validation: Sequen
         schedule.step()
         return loss, n
 
-    with tqdm(total=total, desc="SFT", unit="step", disable=not progress) as bar:
+    with tqdm(total=total, desc=desc, unit="step", disable=not progress) as bar:
         for epoch in range(1, epochs + 1):
             model.train()
             history.append({"epoch": epoch, **_epoch(step, sequences, batch_size, generator, schedule, bar)})

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -112,19 +112,23 @@ def build_parser() -> argparse.ArgumentParser:
     for config in (RunConfig, PPOConfig):
         for f in fields(config):
             title = f.metadata.get("group", "PPO")
-            group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
-            default = TINY_PRESET.get(f.name, f.default)
-            shown = f"{f.default}" + (f"; miniature world {default}" if default != f.default and f.default is not None else "")
-            text = f"{f.metadata['help']} (default {shown}{' ' + f.metadata['unit'] if f.metadata['unit'] else ''})"
-            options = {"choices": f.metadata["choices"]} if f.metadata.get("choices") else {}
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title)
             if f.type is bool:
-                options["action"] = argparse.BooleanOptionalAction
+                options = {"action": argparse.BooleanOptionalAction}
+            elif f.metadata.get("choices"):
+                options = {"choices": f.metadata["choices"]}
             else:
-                options |= {"type": flag_type(f.type), "metavar": f.name.split("_")[-1].upper()}
-            if options.get("choices"):
-                del options["metavar"]
-            group.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **options)
+                options = {"type": flag_type(f.type), "metavar": f.name.split("_")[-1].upper()}
+            groups[title].add_argument("--" + f.name.replace("_", "-"), help=help_text(f), **options)
     return parser
+
+
+def help_text(f: Field) -> str:
+    """What the field is, its default and unit, and the miniature world's own default where it has one."""
+    tiny = TINY_PRESET.get(f.name, f.default)
+    default = f"{f.default}" + (f"; miniature world {tiny}" if tiny != f.default and f.default is not None else "")
+    return f"{f.metadata['help']} (default {default} {f.metadata['unit']}".replace("%", "%%").rstrip() + ")"
 
 
 def build_config(given: dict[str, Any]) -> tuple[RunConfig, PPOConfig]:
@@ -463,6 +467,11 @@ def self_check(models: Models, rollout: ppo.Rollout, config: PPOConfig) -> None:
     tqdm.write(line)
 
 
+LEGEND = """reward: the reward model's score; shaped: less beta · penalty (Eq. 3); k1, k3, KL: nats per token to the reference,
+two estimates and the true one on 32 responses; clip: share of tokens clipped; grad: norm before clipping; s: seconds to
+generate + score + update"""
+
+
 def step_line(m: dict) -> str:
     """The line a step prints."""
     return (f"step {m['step']:4d}  reward {m['score_mean']:6.3f}  shaped {m['shaped_reward']:6.3f}  k1 {m['kl_k1']:7.4f}  "
@@ -547,6 +556,7 @@ def loop(run: RunConfig, config: PPOConfig, models: Models, state: State, tokeni
     with tqdm(total=run.steps, initial=state.step, desc="PPO", unit="step", position=0) as bar:
         if benchmark and state.step == 0:
             evaluation("before")
+        tqdm.write(LEGEND)
         while state.step < run.steps:
             metrics, rollout, rows = ppo_step(models, state, run, config, tokenizer, prompts)
             append_line(out / "metrics.jsonl", metrics)

@@ -261,6 +261,14 @@ def test_before_and_after_show_the_paired_difference_and_answers_side_by_side():
     assert "  Question 2? [copper]\n    before: answer 2 at 0\n    after:  answer 2 at 40" in text
 
 
+def test_answers_that_did_not_change_are_not_shown_as_before_and_after():
+    before, after = evaluation(0, [1, 1, 2]), evaluation(40, [1, 1, 2])
+    after["responses"][:2] = before["responses"][:2]
+    text = before_after(before, after, [{"instruction": f"Question {i}?"} for i in range(3)])
+    assert "1 of the 1 answers that changed, of 3 in all" in text
+    assert text.count("Question") == 1 and "Question 2?" in text
+
+
 def test_before_and_after_without_judges_shows_no_win_rate():
     before, after = ({"step": step, "n": 1, "tokens": 3.0, "responses": ["x"]} for step in (0, 5))
     assert "win rate" not in before_after(before, after, [{"instruction": "Say x."}])

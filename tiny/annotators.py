@@ -4,7 +4,8 @@ AlpacaFarm draws one of 13 LLM annotators for each pair (Dubois et al. 2023, sec
 readers is drawn, and what each looks at can be read off the text, as people do: how many distinct facts a response
 states (with diminishing returns), whether they are true, whether it stays with the topic and ends properly, whether it
 repeats itself or rambles. Closed tasks have an exact answer. Training preferences get 25% of their labels flipped,
-evaluation none, ties count half: the settings of AlpacaFarm.
+evaluation none, ties count half: the settings of AlpacaFarm. None of the readers minds which output comes first, so the
+order of showing, random in AlpacaFarm, changes no preference here.
 
     python -m tiny.annotators       # prints what each annotator thinks of a few responses
 """
@@ -143,10 +144,8 @@ def prefer(annotator: Annotator, task: dict, output_1: str, output_2: str) -> fl
     return 1.5 if abs(difference) < TIE else 1 + (difference > 0)
 
 
-def noisy(preference: float, rng: random.Random, noise: float = LABEL_NOISE) -> float:
-    """The preference with probability `noise` flipped; ties become a coin flip, since training labels are 1 or 2."""
-    if preference == 1.5:
-        return rng.choice([1, 2])
+def noisy(preference: int, rng: random.Random, noise: float = LABEL_NOISE) -> int:
+    """A training label, 1 or 2, flipped with probability `noise`; ties are left out of training preferences."""
     return 3 - preference if rng.random() < noise else preference
 
 

@@ -1,9 +1,9 @@
 """What the miniature world knows: tables of real facts, the sentences that state them, and the reader that checks them.
 
 `tiny/facts/*.tsv` holds one table per kind of thing (elements, countries, animals, ...), one entity a row, one attribute
-a column. Every attribute has one or two predicates ("has the symbol {v}"), so a fact can be said and a sentence can be
-read back: `read_claims` splits a response into sentences, finds whom each is about, and compares the stated value with
-the table. That is FActScore (Min et al. 2023; the paper's Table 2) with a known truth and without a language model.
+a column. Every attribute has a predicate ("has the symbol {v}"), so a fact can be said and a sentence can be read back:
+`read_claims` splits a response into sentences, finds whom each is about, and compares the stated value with the table.
+That is FActScore (Min et al. 2023; the paper's Table 2) with a known truth and without a language model.
 
     python -m tiny.knowledge        # prints the size of every table and some sentences
 """
@@ -16,89 +16,89 @@ from pathlib import Path
 
 FACTS = Path(__file__).parent / "facts"
 
-# column: (noun for instructions, question, predicates). "{a}" becomes the article that fits the value.
+# column: (noun for instructions, question, predicate). "{a}" becomes the article that fits the value.
 # The first attribute of a kind is its lead: the one with which a description likes to start.
 ELEMENT = {
-    "category": ("category", "What kind of element is {x}?", ["is {a} {v}"]),
-    "symbol": ("symbol", "What is the chemical symbol of {x}?", ["has the symbol {v}"]),
-    "number": ("atomic number", "What is the atomic number of {x}?", ["has the atomic number {v}"]),
-    "state": ("state", "Is {x} a solid, a liquid or a gas?", ["is a {v} at room temperature"]),
-    "color": ("color", "What color does {x} have?", ["looks {v}"]),
-    "period": ("period", "In which period of the table does {x} stand?", ["stands in the {v} period"]),
-    "use": ("use", "What is {x} used in?", ["is used in {v}"]),
-    "discovered": ("discovery", "When was {x} discovered?", ["was discovered in {v}"]),
-    "source": ("source", "Where is {x} mainly found?", ["is mainly found in {v}"]),
+    "category": ("category", "What kind of element is {x}?", "is {a} {v}"),
+    "symbol": ("symbol", "What is the chemical symbol of {x}?", "has the symbol {v}"),
+    "number": ("atomic number", "What is the atomic number of {x}?", "has the atomic number {v}"),
+    "state": ("state", "Is {x} a solid, a liquid or a gas?", "is a {v} at room temperature"),
+    "color": ("color", "What color does {x} have?", "looks {v}"),
+    "period": ("period", "In which period of the table does {x} stand?", "stands in the {v} period"),
+    "use": ("use", "What is {x} used in?", "is used in {v}"),
+    "discovered": ("discovery", "When was {x} discovered?", "was discovered in {v}"),
+    "source": ("source", "Where is {x} mainly found?", "is mainly found in {v}"),
 }
 COUNTRY = {
-    "continent": ("continent", "On which continent does {x} lie?", ["is a country in {v}"]),
-    "capital": ("capital", "What is the capital of {x}?", ["has the capital {v}"]),
-    "language": ("language", "Which language is spoken in {x}?", ["has the official language {v}"]),
-    "currency": ("currency", "What is the currency of {x}?", ["pays with the {v}"]),
-    "neighbor": ("neighbor", "Which country borders {x}?", ["shares a border with {v}"]),
-    "coast": ("coast", "On which sea does {x} lie?", ["has a coast on the {v}"]),
-    "export": ("main export", "What does {x} export?", ["exports {v}"]),
-    "people": ("people", "What are the people of {x} called?", ["is the home of the {v}"]),
-    "flag": ("flag", "Which color is on the flag of {x}?", ["has a flag with the color {v}"]),
+    "continent": ("continent", "On which continent does {x} lie?", "is a country in {v}"),
+    "capital": ("capital", "What is the capital of {x}?", "has the capital {v}"),
+    "language": ("language", "Which language is spoken in {x}?", "has the official language {v}"),
+    "currency": ("currency", "What is the currency of {x}?", "pays with the {v}"),
+    "neighbor": ("neighbor", "Which country borders {x}?", "shares a border with {v}"),
+    "coast": ("coast", "On which sea does {x} lie?", "has a coast on the {v}"),
+    "export": ("main export", "What does {x} export?", "exports {v}"),
+    "people": ("people", "What are the people of {x} called?", "is the home of the {v}"),
+    "flag": ("flag", "Which color is on the flag of {x}?", "has a flag with the color {v}"),
 }
 ANIMAL = {
-    "class": ("class", "To which class of animals does {x} belong?", ["is {a} {v}"]),
-    "diet": ("diet", "Is {x} a carnivore, a herbivore or an omnivore?", ["lives as {a} {v}"]),
-    "food": ("food", "What does {x} eat?", ["eats {v}"]),
-    "habitat": ("habitat", "Where does {x} live?", ["lives in {v}"]),
-    "continent": ("range", "In which part of the world is {x} found?", ["is found in {v}"]),
-    "cover": ("body cover", "What covers the body of {x}?", ["is covered with {v}"]),
-    "young": ("young", "What is the young of {x} called?", ["has a young called the {v}"]),
-    "group": ("group", "What is a group of {x} called?", ["forms a group called the {v}"]),
-    "lifespan": ("lifespan", "How many years does {x} live?", ["lives for about {v} years"]),
-    "active": ("active time", "When is {x} active?", ["is active at {v}"]),
-    "legs": ("number of legs", "How many legs does {x} have?", ["has {v} legs"]),
+    "class": ("class", "To which class of animals does {x} belong?", "is {a} {v}"),
+    "diet": ("diet", "Is {x} a carnivore, a herbivore or an omnivore?", "lives as {a} {v}"),
+    "food": ("food", "What does {x} eat?", "eats {v}"),
+    "habitat": ("habitat", "Where does {x} live?", "lives in {v}"),
+    "continent": ("range", "In which part of the world is {x} found?", "is found in {v}"),
+    "cover": ("body cover", "What covers the body of {x}?", "is covered with {v}"),
+    "young": ("young", "What is the young of {x} called?", "has a young called the {v}"),
+    "group": ("group", "What is a group of {x} called?", "forms a group called the {v}"),
+    "lifespan": ("lifespan", "How many years does {x} live?", "lives for about {v} years"),
+    "active": ("active time", "When is {x} active?", "is active at {v}"),
+    "legs": ("number of legs", "How many legs does {x} have?", "has {v} legs"),
 }
 PERSON = {
-    "profession": ("profession", "What was the profession of {x}?", ["was {a} {v}"]),
-    "country": ("home country", "From which country did {x} come?", ["came from {v}"]),
-    "birthplace": ("birthplace", "In which town was {x} born?", ["was born in the town of {v}"]),
-    "born": ("year of birth", "In which year was {x} born?", ["was born in the year {v}"]),
-    "died": ("year of death", "In which year did {x} die?", ["died in the year {v}"]),
-    "known_for": ("fame", "What is {x} known for?", ["is known for {v}"]),
-    "field": ("field", "In which field did {x} work?", ["worked in {v}"]),
-    "era": ("era", "In which century did {x} work?", ["lived in the {v}"]),
-    "language": ("mother tongue", "What was the mother tongue of {x}?", ["spoke {v}"]),
-    "deathplace": ("place of death", "In which town did {x} die?", ["died in the town of {v}"]),
+    "profession": ("profession", "What was the profession of {x}?", "was {a} {v}"),
+    "country": ("home country", "From which country did {x} come?", "came from {v}"),
+    "birthplace": ("birthplace", "In which town was {x} born?", "was born in the town of {v}"),
+    "born": ("year of birth", "In which year was {x} born?", "was born in the year {v}"),
+    "died": ("year of death", "In which year did {x} die?", "died in the year {v}"),
+    "known_for": ("fame", "What is {x} known for?", "is known for {v}"),
+    "field": ("field", "In which field did {x} work?", "worked in {v}"),
+    "era": ("era", "In which century did {x} work?", "lived in the {v}"),
+    "language": ("mother tongue", "What was the mother tongue of {x}?", "spoke {v}"),
+    "deathplace": ("place of death", "In which town did {x} die?", "died in the town of {v}"),
 }
 FOOD = {
-    "group": ("food group", "What kind of food is {x}?", ["is {a} {v}"]),
-    "color": ("color", "What color is {x}?", ["has a {v} color"]),
-    "taste": ("taste", "How does {x} taste?", ["tastes {v}"]),
-    "grows": ("growth", "How does {x} grow?", ["grows {v}"]),
-    "origin": ("origin", "Where does {x} come from?", ["comes from {v}"]),
-    "climate": ("climate", "Which climate does {x} need?", ["needs a {v} climate"]),
-    "dish": ("use in the kitchen", "Which dish is made with {x}?", ["is used in {v}"]),
-    "nutrient": ("main nutrient", "Which nutrient is {x} rich in?", ["is rich in {v}"]),
-    "season": ("season", "In which season is {x} harvested?", ["is harvested in {v}"]),
-    "part": ("part that is eaten", "Which part of {x} is eaten?", ["is eaten for its {v}"]),
+    "group": ("food group", "What kind of food is {x}?", "is {a} {v}"),
+    "color": ("color", "What color is {x}?", "has a {v} color"),
+    "taste": ("taste", "How does {x} taste?", "tastes {v}"),
+    "grows": ("growth", "How does {x} grow?", "grows {v}"),
+    "origin": ("origin", "Where does {x} come from?", "comes from {v}"),
+    "climate": ("climate", "Which climate does {x} need?", "needs a {v} climate"),
+    "dish": ("use in the kitchen", "Which dish is made with {x}?", "is used in {v}"),
+    "nutrient": ("main nutrient", "Which nutrient is {x} rich in?", "is rich in {v}"),
+    "season": ("season", "In which season is {x} harvested?", "is harvested in {v}"),
+    "part": ("part that is eaten", "Which part of {x} is eaten?", "is eaten for its {v}"),
 }
 INSTRUMENT = {
-    "family": ("family", "To which family does {x} belong?", ["is {a} {v} instrument"]),
-    "material": ("material", "What is {x} made of?", ["is made of {v}"]),
-    "played": ("way of playing", "How is {x} played?", ["is played by {v}"]),
-    "origin": ("origin", "Where does {x} come from?", ["comes from {v}"]),
-    "pitch": ("range", "Which range does {x} have?", ["has a {v} range"]),
-    "size": ("size", "What size is {x}?", ["has a {v} body"]),
-    "genre": ("music", "In which music is {x} heard?", ["is heard in {v}"]),
-    "player": ("player", "What is a player of {x} called?", ["is played by {a} {v}"]),
-    "parts": ("parts", "Which parts does {x} have?", ["comes with {v}"]),
+    "family": ("family", "To which family does {x} belong?", "is {a} {v} instrument"),
+    "material": ("material", "What is {x} made of?", "is made of {v}"),
+    "played": ("way of playing", "How is {x} played?", "is played by {v}"),
+    "origin": ("origin", "Where does {x} come from?", "comes from {v}"),
+    "pitch": ("range", "Which range does {x} have?", "has a {v} range"),
+    "size": ("size", "What size is {x}?", "has a {v} body"),
+    "genre": ("music", "In which music is {x} heard?", "is heard in {v}"),
+    "player": ("player", "What is a player of {x} called?", "is played by {a} {v}"),
+    "parts": ("parts", "Which parts does {x} have?", "comes with {v}"),
 }
 PLACE = {
-    "type": ("type", "What kind of place is {x}?", ["is a famous {v}"]),
-    "country": ("country", "In which country does {x} lie?", ["lies in {v}"]),
-    "continent": ("continent", "On which continent does {x} lie?", ["belongs to {v}"]),
-    "nearby": ("nearby place", "Which place is close to {x}?", ["is close to {v}"]),
-    "feature": ("fame", "What is {x} known for?", ["is known for {v}"]),
-    "material": ("material", "What is {x} made of?", ["is made of {v}"]),
-    "climate": ("climate", "Which climate does {x} have?", ["has a {v} climate"]),
-    "origin": ("age", "From when does {x} date?", ["dates from {v}"]),
-    "visitors": ("visitors", "Who visits {x}?", ["draws {v}"]),
-    "water": ("nearby water", "Which water lies near {x}?", ["lies near {v}"]),
+    "type": ("type", "What kind of place is {x}?", "is a famous {v}"),
+    "country": ("country", "In which country does {x} lie?", "lies in {v}"),
+    "continent": ("continent", "On which continent does {x} lie?", "belongs to {v}"),
+    "nearby": ("nearby place", "Which place is close to {x}?", "is close to {v}"),
+    "feature": ("fame", "What is {x} known for?", "is known for {v}"),
+    "material": ("material", "What is {x} made of?", "is made of {v}"),
+    "climate": ("climate", "Which climate does {x} have?", "has a {v} climate"),
+    "origin": ("age", "From when does {x} date?", "dates from {v}"),
+    "visitors": ("visitors", "Who visits {x}?", "draws {v}"),
+    "water": ("nearby water", "Which water lies near {x}?", "lies near {v}"),
 }
 KINDS = {
     "element": ("elements", ELEMENT), "country": ("countries", COUNTRY), "animal": ("animals", ANIMAL),
@@ -150,8 +150,7 @@ def predicate(kind: str, attribute: str, value: str) -> str:
     special = SPECIAL.get((kind, attribute, value))
     if special:
         return special
-    _, _, forms = KINDS[kind][1][attribute]
-    return forms[0].format(v=value, a=article(value))
+    return KINDS[kind][1][attribute][2].format(v=value, a=article(value))
 
 
 def sentence_name(row: dict[str, str], kind: str) -> str:
@@ -168,7 +167,7 @@ def entities() -> dict[str, Entity]:
     for kind, (table, attributes) in KINDS.items():
         with open(FACTS / f"{table}.tsv", encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file, delimiter="\t"):
-                facts = {attribute: row[attribute] for attribute in attributes if attribute in row}
+                facts = {attribute: row[attribute] for attribute in attributes}
                 name = sentence_name(row, kind)
                 found[name] = Entity(name, kind, facts, row.get("pronoun", "it").capitalize())
     return found
@@ -221,7 +220,7 @@ def readers() -> dict[str, list[tuple[re.Pattern, str, str | None]]]:
     for kind, (_, attributes) in KINDS.items():
         rules = [(words, attribute, value) for (k, attribute, value), words in SPECIAL.items() if k == kind]
         rules = [(re.compile(re.escape(words)), attribute, value) for words, attribute, value in rules]
-        forms = [(form, attribute) for attribute, (_, _, all_forms) in attributes.items() for form in all_forms]
+        forms = [(form, attribute) for attribute, (_, _, form) in attributes.items()]
         for form, attribute in sorted(forms, key=lambda pair: -len(pair[0])):
             pattern = re.escape(form).replace(re.escape("{a}"), "(?P<a>an?)").replace(re.escape("{v}"), "(?P<v>.+)")
             rules.append((re.compile(pattern), attribute, None))

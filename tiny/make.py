@@ -5,9 +5,11 @@
 
 The steps are AlpacaFarm's: supervised fine-tuning on 10K demonstrations (stage 1), a pool of annotators labels pairs of the
 SFT model's own samples on another 10K instructions, a quarter of the labels flipped (stage 2's data), a reward model is
-trained on them from the SFT weights, and evaluation instructions get their reference outputs. It departs from
-AlpacaFarm in one point: each preference instruction has several candidates, all pairs of which are labelled and which are
-scored once each (InstructGPT's trick, Ouyang et al. 2022, section 3.5), because a small reward model needs more labels.
+trained on them from the SFT weights, and evaluation instructions get their reference outputs. Departures:
+
+  * There is no LLaMA to start from, so the model is first pretrained on plain texts of the world.
+  * Each preference instruction has several candidates, all pairs of which are labelled and which are scored once each
+    (InstructGPT's trick, Ouyang et al. 2022, section 3.5), because a small reward model needs more labels; ties are left out.
 
 Weights are stored in bf16 and every stage starts from the stored, rounded weights: what is committed is what was measured.
 """
@@ -43,11 +45,11 @@ from tiny.annotators import (  # noqa: E402
     read,
 )
 from tiny.tasks import make_corpus, make_splits  # noqa: E402
+from train import TINY_PRESET  # noqa: E402
 
-TEMPERATURE = 0.7      # of the preference samples, of PPO's rollouts and of the evaluation alike
-RESPONSE_LENGTH = 80   # tokens
+TEMPERATURE, RESPONSE_LENGTH = TINY_PRESET["temperature"], TINY_PRESET["response_length"]  # as in PPO's rollouts
 VOCABULARY = 2560      # pieces
-CANDIDATES = [0.7] * 5 + [1.0] * 4  # temperatures of the samples of an instruction in the preference data
+CANDIDATES = [TEMPERATURE] * 5 + [1.0] * 4  # temperatures of the samples of an instruction in the preference data
 COMMITTED = ("ppo", "validation", "evaluation", "about")  # splits that a later stage reads
 CONFIG = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, tie_word_embeddings=True,
               max_position_embeddings=512, rms_norm_eps=1e-5, initializer_range=0.05)
@@ -103,7 +105,7 @@ def build_sft(tokenizer, splits: dict, out: Path, seed: int) -> list[dict]:
     print(f"SFT: {sum(p.numel() for p in model.parameters()):,} parameters")
     texts = make_corpus(CORPUS, seed, splits)
     documents = [([tokenizer.bos_token_id], tokenizer.encode(text, bos=True, eos=True)[1:]) for text in texts]
-    train_sft(model, documents, pad_token_id=tokenizer.pad_token_id, seed=seed, **PRETRAIN)
+    train_sft(model, documents, pad_token_id=tokenizer.pad_token_id, seed=seed, desc="pretraining", **PRETRAIN)
     pairs = [encode_pair(task, task["output"], tokenizer, "tiny") for task in splits["sft"]]
     validation = [encode_pair(task, task["output"], tokenizer, "tiny") for task in splits["validation"][:500]]
     history = train_sft(model, pairs, validation=validation, pad_token_id=tokenizer.pad_token_id, seed=seed, **SFT)
@@ -215,7 +217,10 @@ def reward_report(model: RewardModel, tokenizer, tasks: list[dict], samples: lis
             kind = kind_of_difference(task, texts[winner], texts[loser])
             kinds.setdefault(kind, []).append(Group([group.sequences[winner], group.sequences[loser]], [(0, 1)]))
     by_kind = {kind: reward_module.accuracy(model, found, pad, 256) for kind, found in sorted(kinds.items())}
-    show = lambda a: {"accuracy": round(a.value, 4), "se": round(a.standard_error, 4), "pairs": a.n}  # noqa: E731
+
+    def show(a: reward_module.Accuracy) -> dict:
+        return {"accuracy": round(a.value, 4), "se": round(a.standard_error, 4), "pairs": a.n}
+
     return {"noise_free": show(total), "noisy": show(noisy_total), "by_kind": {k: show(a) for k, a in by_kind.items()},
             "mean": model.mean.item(), "std": model.std.item()}
 
