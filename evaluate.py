@@ -121,10 +121,17 @@ def sample_responses(policy, prompts: Sequence[Sequence[int]], *, max_new_tokens
             ids, mask = left_pad([prompts[i] for i in rows], pad_token_id)
             sampled = generate(policy, ids.to(device), mask.to(device), max_new_tokens, temperature=temperature,
                                eos_token_id=eos_token_id, pad_token_id=pad_token_id, generator=generator)
-            for i, tokens in zip(rows, sampled.tolist()):
+            for i, tokens in zip(rows, sampled.tolist(), strict=True):
                 responses[i] = tokens[:tokens.index(eos_token_id) + 1] if eos_token_id in tokens else tokens
             bar.update(len(rows))
     return responses
+
+
+def join(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor, int]:
+    """(input_ids, attention_mask, T): prompts padded on the left, then T positions of responses padded on the right."""
+    ids, mask = left_pad(prompts, pad_token_id)
+    tokens, real = right_pad(responses, pad_token_id)
+    return torch.cat([ids, tokens], 1), torch.cat([mask, real], 1), tokens.shape[1]
 
 
 @torch.no_grad()
@@ -152,9 +159,8 @@ def measure_true_kl(policy: Callable, reference: Callable, prompts: Sequence[Seq
 def kl_of_batch(policy, reference, prompts, responses, pad_token_id: int, temperature: float, policy_device,
                 reference_device) -> tuple[Tensor, list[int]]:
     """(sum of the true KL over each response (B,), the responses' lengths)."""
-    ids, mask = left_pad(prompts, pad_token_id)
-    tokens, real = right_pad(responses, pad_token_id)
-    sequence, attention, T = torch.cat([ids, tokens], 1), torch.cat([mask, real], 1), tokens.shape[1]
+    sequence, attention, T = join(prompts, responses, pad_token_id)
+    real = attention[:, -T:]
     logits = policy(sequence.to(policy_device), attention.to(policy_device), T + 1)[:, :-1].float()
     ref_logits = reference(sequence.to(reference_device), attention.to(reference_device), T + 1)[:, :-1].float()
     kl = true_kl(logits / temperature, ref_logits.to(policy_device) / temperature).cpu()
@@ -168,8 +174,8 @@ def measure_reward(reward: Callable, prompts: Sequence[Sequence[int]], responses
     scores: list[float] = []
     for start in tqdm(range(0, len(prompts), batch_size), desc="reward", unit="batch", leave=False):
         rows = slice(start, start + batch_size)
-        ids, mask = right_pad([[*p, *r] for p, r in zip(prompts[rows], responses[rows])], pad_token_id)
-        scores += reward(ids.to(device), mask.to(device)).tolist()
+        ids, mask, n = join(prompts[rows], responses[rows], pad_token_id)
+        scores += reward(ids.to(device), mask.to(device), n).tolist()
     return scores
 
 
@@ -342,11 +348,11 @@ def evaluate_run(folder: Path, steps: list[int] | None, data: str | None) -> dic
     import train
 
     run, config = train.stored_config({"out": str(folder)})
-    tokenizer = load_tokenizer(run.policy)
+    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
     file = data or run.evaluation
     if file is None:
         raise ValueError(f"--data is missing: the run in {folder} names no evaluation instructions")
-    benchmark = load_benchmark(file, tokenizer, run.template, run.query_length)
+    benchmark = load_benchmark(file, tokenizer, run.prompt_template, run.query_length)
     found = {int(p.name.removeprefix("step-")): p for p in train.checkpoints(folder)}
     missing = [s for s in steps or [] if s not in found]
     if missing or not found:
@@ -372,8 +378,9 @@ def evaluate_adapter(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
     if data is None:
         raise ValueError(f"--data is missing: name evaluation instructions for the base model {base}")
     temperature = preset.get("temperature", 1.0) if args.temperature is None else args.temperature
-    tokenizer = load_tokenizer(base)
-    benchmark = load_benchmark(data, tokenizer, args.template or preset.get("template", "alpaca"), 192)
+    template = args.prompt_template or preset.get("prompt_template", "alpaca")
+    tokenizer = load_tokenizer(base).for_template(template)
+    benchmark = load_benchmark(data, tokenizer, template, 192)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = Llama.from_pretrained(base, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
     load_lora(policy, folder)
@@ -401,7 +408,7 @@ def main() -> int:
     parser.add_argument("--step", type=int, nargs="+", help="checkpoints of the run to evaluate (default: the last)")
     parser.add_argument("--data", help="evaluation instructions (default: the run's)")
     parser.add_argument("--policy", help="base model of an adapter folder (default: the one it names)")
-    parser.add_argument("--template", help="prompt template for an adapter folder (default: alpaca)")
+    parser.add_argument("--prompt-template", help="prompt template for an adapter folder (default: alpaca)")
     parser.add_argument("--temperature", type=float, help="of the sampling, for an adapter folder (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling, for an adapter folder (default: 0)")
     args = parser.parse_args()

@@ -4,7 +4,13 @@
 
     add_lora(model)                          # rank 8, alpha 64, dropout 0.1 on q, k, v and o of every layer
     with lora_disabled(model): ...           # the base model, bit for bit: the reference policy for free
+    with lora_weights(model, start): ...     # base + an earlier state of the adapters: the reference of a second run
     save_lora(model, "run/policy")           # loads in PEFT as it is
+
+As a program it folds stored adapters into the stored weights of their base, one shard at a time, and writes a plain
+Hugging Face folder for transformers, vLLM or llama.cpp's converter:
+
+    python lora.py merge --base models/sft --adapter runs/kl-s0/step-0020/policy --out models/ppo --dtype bfloat16
 
 It works on any module with nn.Linear layers and imports nothing of this project. Departs from the released code:
 adapters are float32 whatever the base's dtype, because at the paper's learning rate of 1e-5 most bf16 updates round
@@ -13,16 +19,21 @@ away; and merging is an explicit step, never a side effect of `.eval()`.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,19 +41,39 @@ PEFT_PREFIX = "base_model.model."  # PEFT names tensors base_model.model.<module
 RELEASED_VALUE_PREFIX = "base_model."  # the paper's released value adapters: base_model.<module>.lora_A, no .weight
 RELEASED_HEAD = ("value_head", "value_head_bias")
 RELEASED_RANK, RELEASED_ALPHA, RELEASED_DROPOUT = 8, 64, 0.1  # section 2.2; the released files hold neither
+# What PEFT's settings must be: otherwise A and B are not the whole change, or the stored base isn't what they change.
+PEFT_PLAIN = {"peft_type": ("LORA",), "bias": ("none", None),
+              "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+              **dict.fromkeys(("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out",
+                               "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
+                               "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
+                              (None, False, {}, []))}
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+               "chat_template.jinja", "vocab.json", "merges.txt")  # what a merged model takes over from its base
+
+
+def lora_scaling(rank: int, alpha: float, use_rslora: bool = False) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with use_rslora (Kalajdzievski 2023)."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
+                  dtype: torch.dtype | None = None) -> Tensor:
+    """W + scaling · B A (out, in), computed in float32 and rounded once, to dtype or else to the weight's own."""
+    return (weight.float() + scaling * (lora_B.float() @ lora_A.float())).to(dtype or weight.dtype)
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained low-rank update: base(x) + scaling · B A dropout(x).
 
     It takes over the base's weight and bias (the same tensors under the same state-dict names) and adds
-    lora_A (rank, in) and lora_B (out, rank), both float32. B starts at zero, so a new adapter changes nothing.
-    scaling is alpha / rank, or alpha / sqrt(rank) with use_rslora (Kalajdzievski 2023). While merged, the forward uses
-    the merged weight alone, without dropout, and A and B get no gradient.
+    lora_A (rank, in) and lora_B (out, rank), both float32. B starts at zero, so a new adapter changes nothing; A is
+    drawn from torch's global generator, or with draw=False left for load_lora to fill.
+    While merged, the forward uses the merged weight alone, without dropout, and A and B get no gradient.
     """
 
     def __init__(self, base: nn.Linear, rank: int = 8, alpha: float = 64, dropout: float = 0.1,
-                 use_rslora: bool = False):
+                 use_rslora: bool = False, draw: bool = True):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank is {rank}: at least 1")
@@ -55,7 +86,8 @@ class LoRALinear(nn.Module):
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # the start of Hu et al.'s code and of PEFT
+        if draw:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # the start of Hu et al.'s code and of PEFT
         self.rank, self.dropout, self.enabled = rank, dropout, True
         self.set_scaling(alpha, use_rslora)
         self.register_buffer("base_weight", None, persistent=False)  # the base's weight while merged, else None
@@ -64,7 +96,7 @@ class LoRALinear(nn.Module):
     def set_scaling(self, alpha: float, use_rslora: bool = False) -> None:
         """Set the factor of the update from alpha."""
         self.alpha, self.use_rslora = alpha, use_rslora
-        self.scaling = alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
+        self.scaling = lora_scaling(self.rank, alpha, use_rslora)
 
     @property
     def merged(self) -> bool:
@@ -84,8 +116,7 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Put W + scaling · B A in place of W, computed in float32 and rounded once; twice is once."""
         if not self.merged:
-            update = self.scaling * (self.lora_B @ self.lora_A)
-            merged = (self.weight.float() + update).to(self.weight.dtype)
+            merged = merged_weight(self.weight, self.lora_A, self.lora_B, self.scaling)
             self.base_weight = self.weight.detach()
             # A new parameter, not a change in place: another model may share this weight (the reward model's backbone).
             self.weight = nn.Parameter(merged, requires_grad=False)
@@ -137,12 +168,12 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 64, dropout: float 
 
 
 def _adapt(model: nn.Module, names: Sequence[str], rank: int, alpha: float, dropout: float,
-           use_rslora: bool = False) -> None:
+           use_rslora: bool = False, draw: bool = True) -> None:
     model.requires_grad_(False)
     for name in names:
         owner, _, leaf = name.rpartition(".")
         base = model.get_submodule(name)
-        setattr(model.get_submodule(owner), leaf, LoRALinear(base, rank, alpha, dropout, use_rslora))
+        setattr(model.get_submodule(owner), leaf, LoRALinear(base, rank, alpha, dropout, use_rslora, draw))
 
 
 @contextlib.contextmanager
@@ -162,6 +193,37 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, before in zip(layers, enabled, strict=True):
             layer.enabled = before
+
+
+@contextlib.contextmanager
+def lora_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the adapters hold `tensors`, a lora_snapshot taken earlier, instead of their own, bit for bit.
+
+    The reference of a policy that starts from a trained adapter: base + that adapter, not the bare base. Nothing is
+    copied: the parameters point at `tensors` (float32, on their device), and back afterwards, after an exception too.
+    For use under torch.no_grad: a backward pass or optimiser step inside would use or change the snapshot; one after
+    it, through a graph built before, is as if nothing had happened. Raises ValueError for no adapters or merged ones, a
+    missing or unexpected name, a wrong shape, and tensors that are the adapters' own memory: every KL would be zero.
+    """
+    own = _adapters(model)
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise ValueError("the model's adapters are merged: call unmerge_lora before lora_weights")
+    if odd := sorted(own.keys() ^ tensors.keys()):
+        raise ValueError(f"{'missing' if odd[0] in own else 'unexpected'} tensor {odd[0]} in the adapters' snapshot")
+    for name, parameter in own.items():
+        if tensors[name].shape != parameter.shape:
+            raise ValueError(f"tensor {name} in the adapters' snapshot has shape {tuple(tensors[name].shape)}, not "
+                             f"{tuple(parameter.shape)}")
+        if tensors[name].untyped_storage()._cdata == parameter.untyped_storage()._cdata:  # fake tensors have this too
+            raise ValueError(f"tensor {name} is the very memory of the adapter: lora_snapshot takes a copy")
+    before = {name: parameter.data for name, parameter in own.items()}
+    try:
+        for name, parameter in own.items():
+            parameter.data = tensors[name].detach().to(parameter)
+        yield
+    finally:
+        for name, parameter in own.items():
+            parameter.data = before[name]
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
@@ -184,13 +246,25 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
 # -------------------------------------------------------------------------------------------------------------- storing
 
 
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters under PEFT's names, base_model.model.<name>.lora_A.weight, <name> relative to the module passed."""
+def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     layers = lora_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no LoRA layers to store")
-    return {f"{PEFT_PREFIX}{name}.{leaf}.weight": getattr(layer, leaf).detach()
+        raise ValueError(f"{type(model).__name__} has no LoRA layers: call add_lora or load_lora first")
+    return {f"{PEFT_PREFIX}{name}.{leaf}.weight": getattr(layer, leaf)
             for name, layer in layers.items() for leaf in ("lora_A", "lora_B")}
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters under PEFT's names, base_model.model.<name>.lora_A.weight, <name> relative to the module passed.
+
+    They are views, which follow the model as it trains; lora_snapshot keeps what it is now.
+    """
+    return {name: parameter.detach() for name, parameter in _adapters(model).items()}
+
+
+def lora_snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of lora_state_dict, for lora_weights."""
+    return {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
 
 
 def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
@@ -212,9 +286,10 @@ def save_lora(model: nn.Module, directory: str | os.PathLike, base_model_name_or
               "inference_mode": True}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2) + "\n"
-    _write_atomically(directory / "adapter_model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
-    _write_atomically(directory / "adapter_config.json", lambda file: file.write_text(text, encoding="utf-8"))
+    with _replacing(directory / "adapter_model.safetensors") as file:
+        _write_tensors(file, tensors)
+    with _replacing(directory / "adapter_config.json") as file:
+        _write_json(file, config)
 
 
 def load_lora(model: nn.Module, path: str | os.PathLike, part: str | None = None) -> dict[str, Tensor]:
@@ -229,17 +304,24 @@ def load_lora(model: nn.Module, path: str | os.PathLike, part: str | None = None
     when the value part was read, else nothing. Raises FileNotFoundError, or ValueError naming file and tensor, before
     anything in the model has changed.
     """
-    path = Path(path)
     if part not in (None, "policy", "value"):
         raise ValueError(f"part is {part!r}: 'policy', 'value' or None")
-    if (path / "adapter_config.json").is_file():
-        file, tensors, settings = _read_peft(path)
-        rest = {}
-    else:
-        file, tensors, settings, rest = _read_released(model, path, part)
-    names = _check_adapters(model, file, tensors, settings["rank"])
-    if not lora_layers(model):
-        _adapt(model, names, **({"alpha": RELEASED_ALPHA} | settings))
+    file, tensors, settings, rest = _read_adapter(Path(path), part, value_model=hasattr(model, "backbone"))
+    adapted = lora_layers(model)
+    linear = adapted or {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = _adapted_names(file, tensors, settings["rank"],
+                           {name: (layer.out_features, layer.in_features) for name, layer in linear.items()},
+                           f"{type(model).__name__} has no {'adapter there' if adapted else 'such linear layer'}")
+    for name, layer in adapted.items():
+        if name not in names:
+            raise ValueError(f"{file}: missing tensor {name}.lora_A")
+        if layer.rank != settings["rank"]:
+            raise ValueError(f"{file}: {name}.lora_A has rank {settings['rank']}, the model's adapter {layer.rank}")
+        if layer.merged:
+            raise ValueError(f"{file}: the model's adapters are merged: call unmerge_lora before loading")
+    if not adapted:
+        # Nothing is drawn: a run that loads adapters into one more model must not differ from then on.
+        _adapt(model, names, **({"alpha": RELEASED_ALPHA} | settings), draw=False)
     for name, layer in lora_layers(model).items():
         if "alpha" in settings:
             layer.set_scaling(settings["alpha"], settings["use_rslora"])
@@ -250,98 +332,281 @@ def load_lora(model: nn.Module, path: str | os.PathLike, part: str | None = None
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a .safetensors or .bin file, on the CPU; pickled code in a .bin is refused, not run."""
+    """All tensors of a .safetensors or .bin file, on the CPU, mapped and so read from disk only when they are used.
+
+    Pickled code in a .bin is refused, not run.
+    """
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        # Before torch 1.6 a .bin was no zip file, and can't be mapped.
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # torch, pickle, zip and safetensors each raise their own kinds for a damaged file
-        raise ValueError(f"{file}: cannot be read, truncated or damaged ({error})") from error
+        # Of torch's several lines one tells the reason; the others tell how to run the pickled code after all.
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "WeightsUnpickler error: " in line), lines[0])
+        raise ValueError(f"{file}: cannot be read: truncated, damaged or more than tensors "
+                         f"({reason.strip().partition('. ')[0]})") from error
+    if not (isinstance(stored, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in stored.items())):
+        raise ValueError(f"{file}: holds something other than tensors by name")
+    return stored
+
+
+def _read_adapter(path: Path, part: str | None, value_model: bool = False
+                  ) -> tuple[Path, dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    """(file, tensors by bare name, settings of _adapt, the value head) of a PEFT folder or a released file."""
+    if (path / "adapter_config.json").is_file():
+        return *_read_peft(path), {}
+    return _read_released(path, part, value_model)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not a JSON object")
+    return content
 
 
 def _read_peft(directory: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """(file, tensors by bare name, settings of _adapt) of a PEFT folder."""
+    """(file, tensors by bare name, settings of _adapt) of a PEFT folder.
+
+    The tensors tell which layers are adapted: target_modules may be a pattern, and isn't read.
+    """
     config_file = directory / "adapter_config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        settings = {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0),
-                    "use_rslora": config.get("use_rslora", False)}
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{config_file}: not a LoRA configuration of PEFT ({error!r})") from error
-    plain = {"peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "rank_pattern": ({}, None),
-             "alpha_pattern": ({}, None), "modules_to_save": (None, []), "fan_in_fan_out": (False, None)}
-    for key, allowed in plain.items():
+    config = {"lora_dropout": 0.0, "use_rslora": False} | _read_json(config_file)
+    kinds = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": bool}
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind) or key == "r" and config[key] < 1:
+            raise ValueError(f"{config_file}: not a LoRA configuration of PEFT: {key} is {config.get(key)!r}")
+    for key, allowed in PEFT_PLAIN.items():
         if config.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{config_file}: {key} {config[key]!r} is not supported: {allowed[0]!r} is")
+    settings = dict(zip(("rank", "alpha", "dropout", "use_rslora"), (config[key] for key in kinds), strict=True))
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         file = directory / name
         if file.is_file():
-            stored = _read_tensors(file)
-            return file, {_bare_name(file, name): tensor for name, tensor in stored.items()}, settings
+            return file, {_bare_name(file, name): tensor for name, tensor in _read_tensors(file).items()}, settings
     raise FileNotFoundError(f"{directory / 'adapter_model.safetensors'}: not found beside adapter_config.json")
 
 
 def _bare_name(file: Path, name: str) -> str:
     """base_model.model.X.lora_A.weight → X.lora_A"""
+    if name.startswith(2 * PEFT_PREFIX):
+        raise ValueError(f"{file}: tensor {name} is wrapped twice, as when a PEFT model is made of a PEFT model and "
+                         f"stored: take one {PEFT_PREFIX} off every name")
     if not (name.startswith(PEFT_PREFIX) and name.endswith((".lora_A.weight", ".lora_B.weight"))):
         raise ValueError(f"{file}: unexpected tensor {name}: PEFT's are {PEFT_PREFIX}<layer>.lora_A.weight or .lora_B")
     return name.removeprefix(PEFT_PREFIX).removesuffix(".weight")
 
 
-def _read_released(model: nn.Module, path: Path, part: str | None
+def _read_released(path: Path, part: str | None, value_model: bool
                    ) -> tuple[Path, dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
     """(file, tensors by bare name, settings of _adapt, the value head) of the paper's released pytorch_model.bin."""
     file = path / "pytorch_model.bin" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no adapter_config.json (PEFT) and no pytorch_model.bin (released weights)")
     stored = _read_tensors(file)
-    head = {name: stored.pop(name) for name in RELEASED_HEAD if name in stored}
+    head = {name: stored.pop(name).clone() for name in RELEASED_HEAD if name in stored}
     value = {name.removeprefix(RELEASED_VALUE_PREFIX): tensor for name, tensor in stored.items()
              if name.startswith(RELEASED_VALUE_PREFIX)}
     policy = {name: tensor for name, tensor in stored.items() if not name.startswith(RELEASED_VALUE_PREFIX)}
     if part is None:
-        wanted = "value" if hasattr(model, "backbone") else "policy"
+        wanted = "value" if value_model else "policy"
         part = wanted if (value and policy) else "value" if value else "policy"
     tensors = value if part == "value" else policy
     if not tensors:
         raise ValueError(f"{file}: holds no adapters of the {part} model")
-    if hasattr(model, "backbone"):
+    if value_model:
         tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
-    rank = next((len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A")), RELEASED_RANK)
-    return file, tensors, {"rank": rank, "dropout": RELEASED_DROPOUT}, head if part == "value" else {}
+    ranks = (tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A") and tensor.dim())
+    settings = {"rank": next(ranks, RELEASED_RANK), "dropout": RELEASED_DROPOUT}
+    return file, tensors, settings, head if part == "value" else {}
 
 
-def _check_adapters(model: nn.Module, file: Path, tensors: dict[str, Tensor], rank: int) -> list[str]:
-    """The layers that tensors adapt; ValueError unless each fits its layer and no adapted layer goes without."""
-    modules = dict(model.named_modules())
-    names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+def _adapted_names(file: Path, tensors: Mapping[str, Tensor], rank: int, shapes: Mapping[str, tuple[int, ...]],
+                   lacks: str) -> list[str]:
+    """The layers that tensors adapt, each of which must be in shapes, name: (out, in), else `lacks`, and fit it."""
     for name, tensor in tensors.items():
-        layer, leaf = modules.get(name.rpartition(".")[0]), name.rpartition(".")[2]
-        if leaf not in ("lora_A", "lora_B") or not isinstance(layer, (nn.Linear, LoRALinear)):
-            raise ValueError(f"{file}: unexpected tensor {name}: {type(model).__name__} has no such linear layer")
-        shape = (rank, layer.in_features) if leaf == "lora_A" else (layer.out_features, rank)
+        layer, _, leaf = name.rpartition(".")
+        if leaf not in ("lora_A", "lora_B") or layer not in shapes:
+            raise ValueError(f"{file}: unexpected tensor {name}: {lacks}")
+        shape = (rank, shapes[layer][1]) if leaf == "lora_A" else (shapes[layer][0], rank)
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, not {shape}")
-    adapted = lora_layers(model)
-    for name in adapted or names:
-        for leaf in ("lora_A", "lora_B"):
-            if f"{name}.{leaf}" not in tensors:
-                raise ValueError(f"{file}: missing tensor {name}.{leaf}")
-    for name in names:
-        if adapted and name not in adapted:
-            raise ValueError(f"{file}: unexpected tensor {name}.lora_A: the model's layer of that name has no adapter")
-        if adapted and adapted[name].rank != rank:
-            raise ValueError(f"{file}: tensor {name}.lora_A has rank {rank}, the model's adapter {adapted[name].rank}")
-        if adapted and adapted[name].merged:
-            raise ValueError(f"{file}: the model's adapters are merged: call unmerge_lora before loading")
-    return names
+            raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, not {shape} as rank {rank} asks")
+        twin = f"{layer}.{'lora_B' if leaf == 'lora_A' else 'lora_A'}"
+        if twin not in tensors:
+            raise ValueError(f"{file}: missing tensor {twin}")
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
 
 
-def _write_atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file and rename: a crash in between leaves the last good file whole."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, {"format": "pt"})
+    file.chmod(mode)  # safetensors makes files that only their owner may read, and a server often runs as another user
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A name beside target to write a file or folder under, renamed at the end: a crash leaves target as it was."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        os.replace(temporary, file)
+        yield temporary
+        os.replace(temporary, target)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------- the program: lora.py merge
+
+
+@torch.no_grad()
+def merge_checkpoint(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.PathLike,
+                     dtype: torch.dtype | None = None, progress: bool = False) -> tuple[int, int]:
+    """Write base + adapter as one plain Hugging Face folder, out; returns (merged layers, bytes of all tensors).
+
+    base: a Hugging Face folder, safetensors or .bin, in one file or in shards; the file names are kept. adapter: a
+    PEFT folder or the paper's released pytorch_model.bin, of which the policy is taken. Every adapted weight becomes
+    what merge_lora makes of it, all else is unchanged; with dtype every tensor is rounded to it, once. One shard is in
+    memory at a time. All names and shapes are checked before anything is written; out appears when it is complete.
+    Raises FileNotFoundError or ValueError naming file and tensor, also when out already holds files.
+    """
+    from tqdm import tqdm  # only here: the rest of this file needs torch and safetensors alone
+
+    base, out = Path(base), Path(out).resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out}: already there and not an empty folder: name a new one")
+    config, files = _read_base(base)
+    weights = {name: tensor.to("meta") for file in files for name, tensor in _read_tensors(file).items()}  # shapes only
+    if config.get("tie_word_embeddings") and any(name.endswith("embed_tokens.weight") for name in weights):
+        weights.pop("lm_head.weight", None)  # the embedding itself, which old files store a second time
+    updates = _read_updates(Path(adapter), base, weights)
+    weight_map, total = {}, 0
+    with _replacing(out) as folder, tqdm(total=len(weights), unit="tensor", disable=not progress) as bar:
+        folder.mkdir(parents=True)
+        _copy_model_files(base, folder, config, dtype)
+        for file in files:
+            name = file.name if file.suffix == ".safetensors" else file.stem.replace("pytorch_", "") + ".safetensors"
+            written = _merge_file(file, folder / name, weights, updates, dtype, bar.update)
+            weight_map |= dict.fromkeys(written, name)
+            total += sum(written.values())
+        if set(weight_map.values()) != {"model.safetensors"}:
+            _write_json(folder / "model.safetensors.index.json",
+                        {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return len(updates), total
+
+
+def _merge_file(file: Path, target: Path, kept: Collection[str], updates: Mapping[str, tuple[Tensor, Tensor, float]],
+                dtype: torch.dtype | None, tick: Callable[[], object]) -> dict[str, int]:
+    """Write one file of the base, merged, and return the bytes of each tensor; on return its memory is free again."""
+    merged = {}
+    for name, tensor in _read_tensors(file).items():
+        if name not in kept:
+            continue
+        if name in updates:
+            new = merged_weight(tensor, *updates[name], dtype)
+        else:
+            new = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        if new is not tensor and not bool(new.isfinite().all()):
+            raise ValueError(f"{file}: tensor {name} is infinite or NaN once merged and in {new.dtype}")
+        # Tensors of a .bin may share memory or be strided, which safetensors doesn't store.
+        merged[name] = new if file.suffix == ".safetensors" else new.clone(memory_format=torch.contiguous_format)
+        tick()
+    if merged:  # a shard of nothing but the tied lm_head is left out
+        _write_tensors(target, merged)
+    return {name: tensor.nbytes for name, tensor in merged.items()}
+
+
+def _read_updates(adapter: Path, base: Path, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """(A, B, scaling) for each adapted weight of the base, by the weight's name."""
+    file, tensors, settings, _ = _read_adapter(adapter, part="policy")
+    shapes = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights.items()
+              if weight.dim() == 2 and weight.is_floating_point()}
+    layers = _adapted_names(file, tensors, settings["rank"], shapes, f"{base} has no weight of its own for that layer")
+    scaling = lora_scaling(settings["rank"], settings.get("alpha", RELEASED_ALPHA), settings.get("use_rslora", False))
+    return {f"{name}.weight": (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], scaling) for name in layers}
+
+
+def _read_base(base: Path) -> tuple[dict[str, Any], list[Path]]:
+    """config.json and the weight files of a Hugging Face folder; ValueError for another kind of checkpoint."""
+    files, config_file = _weight_files(base), base / "config.json"
+    if not files or not config_file.is_file():
+        gguf = base.suffix == ".gguf" or any(base.glob("*.gguf"))
+        if gguf or (base / "params.json").is_file():
+            raise ValueError(f"{base}: {'GGUF' if gguf else 'Meta'} format: first make a Hugging Face folder of it: "
+                             f"`python model.py convert --model {base} --out DIR`")
+        lacks = "config.json" if files else "model.safetensors or pytorch_model.bin, whole or with .index.json"
+        raise FileNotFoundError(f"{base}: not a Hugging Face folder: no {lacks}")
+    config = _read_json(config_file)
+    if config.get("quantization_config"):
+        raise ValueError(f"{config_file}: quantization_config: adapters can only be merged into unquantised weights")
+    return config, files
+
+
+def _weight_files(base: Path) -> list[Path]:
+    """The files that hold a folder's weights: safetensors before .bin, one file before shards; [] if there are none."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = base / f"{name}.index.json"
+        if (base / name).is_file():
+            return [base / name]
+        if index.is_file():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{index}: not an index of shards: it has no weight_map")
+            shards = [base / shard for shard in sorted(set(map(str, weight_map.values())))]
+            for shard in shards:
+                if shard.parent != base:  # ../x or /x would be read, and written, outside the two folders
+                    raise ValueError(f"{index}: shard {shard} is not a file of this folder")
+                if not shard.is_file():
+                    raise FileNotFoundError(f"{shard}: not found, but {index.name} names it")
+            return shards
+    return []
+
+
+def _copy_model_files(base: Path, folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> None:
+    """Configuration and tokenizer, as they are but for the dtype."""
+    for pattern in MODEL_FILES:
+        for file in base.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        newer = {"dtype": name} if "dtype" in config else {}  # transformers 5's name for it
+        _write_json(folder / "config.json", config | newer | {"torch_dtype": name})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line for bad input."""
+    parser = argparse.ArgumentParser(prog="lora.py", description="LoRA on disk; see `python lora.py merge --help`.")
+    merge = parser.add_subparsers(dest="command", required=True).add_parser(
+        "merge", help="fold an adapter into its base model",
+        description="Fold an adapter into its base model and write one plain Hugging Face folder, for transformers, "
+                    "vLLM or llama.cpp's converter. Each adapted weight becomes W + scaling * B A, computed in float32 "
+                    "and rounded once; the rest, tokenizer too, is the base's. A failed run leaves nothing behind.")
+    for flag, text in (("--base", "Hugging Face folder of the model that the adapter was trained on"),
+                       ("--adapter", "PEFT folder, such as a run's step-0020/policy, or the paper's pytorch_model.bin"),
+                       ("--out", "new folder for the merged model")):
+        merge.add_argument(flag, required=True, metavar="DIR", help=text)
+    merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights; default: as stored")
+    args = parser.parse_args(argv)
+    try:
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        layers, size = merge_checkpoint(args.base, args.adapter, args.out, dtype, progress=True)
+    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
+        print(f"lora.py: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}: {layers} layers merged, {size / 1e6:,.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""LLaMA in one file: configuration, model, cached sampling, a scalar value head, checkpoints in Hugging Face's layout.
+"""LLaMA in one file: configuration, model, cached sampling, a scalar value head, checkpoints of every common layout.
 
 The paper (Sun, Gupta, Iyyer 2023) trains a LLaMA-7B policy and value model; section 2.1 names the checkpoints.
 Parameter names are those of the published files, so loading needs no map:
@@ -6,6 +6,12 @@ Parameter names are those of the published files, so loading needs no map:
     model = Llama.from_pretrained("path/to/llama-7b", dtype=torch.bfloat16, device="cuda:0")
     tokens = generate(model, input_ids, attention_mask, max_new_tokens=300, eos_token_id=2, pad_token_id=0)
     value = ValueModel(Llama.from_pretrained("path/to/reward-backbone"))
+
+Checkpoints are read from Hugging Face folders (or by name from its hub), Meta's folders and GGUF files, one tensor at a
+time. As a program it makes Hugging Face folders of them, and AlpacaFarm's models of its published weight differences:
+
+    python model.py convert --model smollm2.gguf --out smollm2
+    python model.py recover --base llama-7b --diff alpaca-farm-sft10k-wdiff --out sft10k
 
 Departs from the released code, which calls transformers' LLaMA and `generate`: rotary embeddings stay in float32 in a
 bf16 model; rows that reached EOS leave the batch; a tensor of the wrong name or shape is an error, never a skip.
@@ -21,16 +27,21 @@ import json
 import math
 import os
 import pickle
+import re
+import sys
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
@@ -70,6 +81,7 @@ class LlamaConfig:
         heads = self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = heads
+        self._check_types()
         if self.head_dim is None:
             if self.hidden_size % heads:
                 raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {heads}")
@@ -82,6 +94,22 @@ class LlamaConfig:
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported: LLaMA's is 'silu'")
         self.rope_scaling = _checked_rope_scaling(self.rope_scaling)
+
+    def _check_types(self) -> None:
+        """A config.json may hold anything; "false" for a flag would count as true."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            value = getattr(self, name)
+            if not (type(value) is int and value > 0 or name == "head_dim" and value is None):
+                raise ValueError(f"{name} is {value!r}: it must be a whole number from 1 up")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}: it must be a number above 0")
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            value = getattr(self, name)
+            if type(value) is not bool:
+                raise ValueError(f"{name} is {value!r}: it must be true or false")
 
     @classmethod
     def llama_7b(cls, **overrides: Any) -> LlamaConfig:
@@ -126,8 +154,11 @@ class LlamaConfig:
         if model_type != "llama":
             raise ValueError(f"model_type {model_type!r} is not supported: only 'llama' is")
         kept = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        rope = dict(values.get("rope_parameters") or {})
+        rope = values.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters is {rope!r}: it must be an object or null")
         if rope:
+            rope = dict(rope)
             kept["rope_theta"] = rope.pop("rope_theta", kept.get("rope_theta", cls.rope_theta))
             kept["rope_scaling"] = rope
         return cls(**kept)
@@ -139,6 +170,8 @@ class LlamaConfig:
 
 def _checked_rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
     """None for plain RoPE, else a copy under `rope_type` (old files say `type`) with every number it needs."""
+    if not isinstance(scaling, dict | None):
+        raise ValueError(f"rope_scaling is {scaling!r}: it must be an object or null")
     scaling = dict(scaling or {})
     kind = scaling.pop("type", "default")
     kind = scaling.setdefault("rope_type", kind)
@@ -151,6 +184,9 @@ def _checked_rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | No
     missing = [key for key in needs[kind] if key not in scaling]
     if missing:
         raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
+    for key in needs[kind]:
+        if type(scaling[key]) not in (int, float) or not 0 < scaling[key] < math.inf:
+            raise ValueError(f"rope_scaling's {key} is {scaling[key]!r}: it must be a number above 0")
     return None if kind == "default" else scaling
 
 
@@ -394,30 +430,17 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype | None = None,
-                        device: torch.device | str | None = None) -> Llama:
-        """Read a Hugging Face folder: config.json and safetensors or pytorch_model .bin files, in one or in shards.
+                        device: torch.device | str | None = None, progress: bool = False) -> Llama:
+        """Read a Hugging Face folder (or org/name on its hub), a folder of Meta's, or a GGUF file.
 
-        dtype None keeps what is stored; tensors go to `device` one by one, so no second copy of the model is held.
-        The model comes back in eval mode. Raises FileNotFoundError or ValueError naming the file and the tensor.
+        dtype None keeps what is stored (GGUF: float32). The model is built without memory and filled tensor by tensor,
+        so at most one tensor is in memory twice. It comes back in eval mode; `progress` shows a bar from the second
+        second on. Raises FileNotFoundError or ValueError naming the file and the tensor.
         """
-        directory = Path(path)
-        with torch.device("meta"):
-            model = cls(read_config(directory))
-        expected = dict(model.named_parameters())  # a tied lm_head is in it once, as the embedding
-        for file, name, tensor in checkpoint_tensors(directory):
-            # Old files hold RoPE's frequencies, which are recomputed; tied models may hold the embedding twice.
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
-                continue
-            if name not in expected:
-                raise ValueError(f"{file}: unexpected tensor {name}, or stored twice")
-            shape = tuple(expected.pop(name).shape)
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {shape}")
+        model, stored = match_names(path, *open_checkpoint(path))
+        for _, name, tensor in load_tensors(stored, dtype, device, progress, like=model):
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device=device, dtype=dtype)))
-        if expected:
-            first, more = next(iter(expected)), len(expected) - 1
-            raise ValueError(f"{directory}: missing tensor {first}" + (f" and {more} more" if more else ""))
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
         model._tie()
         return model.eval()
 
@@ -432,8 +455,8 @@ class Llama(nn.Module):
                    if not name.endswith((".lora_A", ".lora_B"))}
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         text = json.dumps(self.config.to_dict() | {"torch_dtype": dtype}, indent=2) + "\n"
-        _write_atomically(directory / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
-        _write_atomically(directory / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+        write_atomically(directory / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
+        write_atomically(directory / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
 
 
 class ValueModel(nn.Module):
@@ -562,15 +585,133 @@ def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None,
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def read_config(directory: Path) -> LlamaConfig:
-    """LlamaConfig of a Hugging Face folder's config.json; errors name the file."""
-    file = directory / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found; a model folder holds config.json and model.safetensors")
+class Stored(NamedTuple):
+    """A tensor on disk: the file that holds it, and a function that reads it to the CPU."""
+
+    file: Path
+    read: Callable[[], Tensor]
+
+
+def open_checkpoint(path: str | os.PathLike) -> tuple[LlamaConfig, dict[str, Stored]]:
+    """(configuration, every tensor under its Hugging Face name) of a model on disk; no tensor is read yet."""
+    file = Path(path) / "config.json"
+    if file.is_file():
+        return parse_json(file, LlamaConfig.from_dict), stored_tensors(file.parent)
     try:
-        return LlamaConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        from checkpoints import open_other
+    except ModuleNotFoundError:
+        raise FileNotFoundError(f"{file}: not found; a model folder holds config.json and model.safetensors (GGUF and "
+                                "Meta's layout are read by checkpoints.py)") from None
+    return open_other(path)
+
+
+def parse_json(file: Path, build: Callable[[dict[str, Any]], Any]) -> Any:
+    """build(the JSON object in file); whatever is wrong with it becomes a ValueError that names the file."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"holds a {type(values).__name__}, not an object")
+        return build(values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file}: {'lacks ' if isinstance(error, KeyError) else ''}{error}") from error
+
+
+def stored_tensors(directory: Path, difference: bool = False) -> dict[str, Stored]:
+    """The tensors of a Hugging Face folder. One of AlpacaFarm's weight differences is refused unless asked for."""
+    if not difference and (directory / "model_sum.txt").is_file():
+        raise ValueError(_difference_message(directory))
+    found: dict[str, Stored] = {}
+    for file in _weight_files(directory):
+        tensors = bin_tensors(file) if file.suffix == ".bin" else _safetensors(file)
+        for name in tensors:
+            if name in found:
+                raise ValueError(f"{file}: tensor {name} is in {found[name].file.name} too")
+        found |= tensors
+    return found
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips torch.nn.init. On the meta device it has nothing to fill, yet imports torch's compiler: a second, 80 MB."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__module__ == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def without_memory(config: LlamaConfig) -> Llama:
+    """A model on the meta device: names and shapes, to be filled with tensors."""
+    with torch.device("meta"), _NoInit():
+        return Llama(config)
+
+
+def match_names(path: str | os.PathLike, config: LlamaConfig,
+                stored: dict[str, Stored]) -> tuple[Llama, dict[str, Stored]]:
+    """A model without memory, and the tensors that fill it; one that is missing or has no place raises ValueError."""
+    model = without_memory(config)
+    expected = dict(model.named_parameters())  # a tied lm_head is in it once, as the embedding
+    # Old files hold RoPE's frequencies, which are recomputed; tied models may hold the embedding twice.
+    kept = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")
+            and not (name == "lm_head.weight" and config.tie_word_embeddings)}
+    for name in kept:
+        if name not in expected:
+            hint = ", a reward model's: this is no language model" if name.startswith(("score.", "reward_head.")) else ""
+            raise ValueError(f"{kept[name].file}: unexpected tensor {name}{hint}")
+    missing = [name for name in expected if name not in kept]
+    if missing:
+        files = {tensor.file for tensor in kept.values()}
+        raise ValueError(f"{files.pop() if len(files) == 1 else path}: missing tensor {missing[0]}"
+                         + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    return model, kept
+
+
+def load_tensors(stored: dict[str, Stored], dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+                 progress: bool = False, like: nn.Module | None = None) -> Iterator[tuple[Path, str, Tensor]]:
+    """(file, name, tensor) for each, converted and moved, one in memory at a time. Shapes must be those of `like`."""
+    # A model's final norm is near 1, a difference's near 0: read first, it spares reading the rest.
+    names = sorted(stored, key=lambda name: not name.endswith("model.norm.weight"))
+    for name in with_bar(names, "load", progress):
+        file, tensor = stored[name].file, read_tensor(stored[name], name)
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"{file}: tensor {name} is of {tensor.dtype}: quantised models are only read from GGUF")
+        if like is not None and tensor.shape != (shape := like.get_parameter(name).shape):
+            raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, its configuration asks for "
+                             f"{tuple(shape)}")
+        if name.endswith("model.norm.weight") and tensor.float().abs().mean() < 0.02:
+            raise ValueError(_difference_message(file.parent))
+        moved = tensor.to(device=device, dtype=dtype)
+        # In memory of its own: a view of the file would change when the file does.
+        moved = moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
+        del tensor  # or it would still be there while the next one is read
+        yield file, name, moved
+
+
+def _difference_message(path: Path) -> str:
+    return (f"{path}: holds the difference to another model's weights, not a model: recover the model first, "
+            f"python model.py recover --base LLAMA_DIR --diff {path} --out DIR")
+
+
+def read_tensor(stored: Stored, name: str) -> Tensor:
+    """The tensor, on the CPU, maybe still lying in its file; a damaged file is named together with the tensor."""
+    try:
+        return stored.read()
+    except Exception as error:  # torch, pickle, zip, safetensors and numpy each raise their own kinds
+        raise ValueError(f"{stored.file}: tensor {name} cannot be read, truncated or damaged "
+                         f"({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """The libraries' messages run over many lines."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def with_bar(items: Any, label: str, progress: bool) -> Any:
+    """The items, with a progress bar where it takes longer than two seconds."""
+    if not progress:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc=label, unit="tensor", delay=2, leave=False)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -580,10 +721,7 @@ def _weight_files(directory: Path) -> list[Path]:
             return [directory / name]
         index = directory / f"{name}.index.json"
         if index.is_file():
-            try:
-                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{index}: not an index of shards ({error!r})") from error
+            shards = parse_json(index, lambda values: sorted(map(_own_folder, set(values["weight_map"].values()))))
             for shard in shards:
                 if not (directory / shard).is_file():
                     raise FileNotFoundError(f"{directory / shard}: not found, but {index.name} names it")
@@ -591,25 +729,93 @@ def _weight_files(directory: Path) -> list[Path]:
     raise FileNotFoundError(f"{directory}: no model.safetensors or pytorch_model.bin, whole or with .index.json")
 
 
-def checkpoint_tensors(directory: str | os.PathLike) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, name, tensor on the CPU) for every tensor of a Hugging Face folder, read one at a time."""
-    for file in _weight_files(Path(directory)):
-        try:
-            if file.suffix == ".bin":
-                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                yield from ((file, name, tensor) for name, tensor in tensors.items())
-            else:
-                with safe_open(file, framework="pt") as opened:
-                    yield from ((file, name, opened.get_tensor(name)) for name in opened.keys())
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{file}: cannot be read, truncated or damaged ({error})") from error
+def _own_folder(shard: str) -> str:
+    if not isinstance(shard, str) or Path(shard).name != shard:
+        raise ValueError(f"names the file {shard!r}, which is not in its own folder")
+    return shard
 
 
-def _write_atomically(file: Path, write: Callable[[Path], object]) -> None:
+def _safetensors(file: Path) -> dict[str, Stored]:
+    def read(name: str) -> Tensor:
+        # Opened anew for each: the pages read through one mapping all stay resident until it is closed.
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: Stored(file, partial(read, name)) for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: cannot be read, truncated or damaged ({first_line(error)})") from error
+
+
+def bin_tensors(file: Path) -> dict[str, Stored]:
+    """The tensors of a file that torch.save wrote. weights_only: a pickle that would run code is refused, not run."""
+    # A file from before torch 1.6 is no zip archive and can only be read as a whole.
+    load = partial(torch.load, file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    try:
+        tensors = load()
+    except pickle.UnpicklingError as error:
+        # Not torch's message, which advises to load it without weights_only.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"{file}: refused, and none of it was run: it is damaged, or holds code beside tensors"
+                         + (f" ({code[1]})" if code else "")) from error
+    except Exception as error:  # torch and zip each raise their own kinds
+        raise ValueError(f"{file}: cannot be read, truncated or damaged ({first_line(error)})") from error
+    if not (isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+            and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
+        raise ValueError(f"{file}: holds something else than tensors by name")
+    if not load.keywords["mmap"]:
+        return {name: Stored(file, lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
+    read = _renewing(load, {name: tensor.nbytes for name, tensor in tensors.items()})
+    return {name: Stored(file, partial(read, name)) for name in tensors}
+
+
+def _renewing(load: Callable[[], dict[str, Tensor]], sizes: dict[str, int]) -> Callable[[str], Tensor]:
+    """A function that reads a tensor by name from the file that `load` maps.
+
+    What was read through a mapping stays resident until it is closed: a new one takes its place before that comes to more
+    than the largest tensor, and none is left after the last tensor. A new one for each tensor would be quadratic, since
+    opening a file takes time for every tensor in it.
+    """
+    mapped: dict[str, Tensor] = {}
+    unread, resident, largest = set(sizes), 0, max(sizes.values(), default=0)
+
+    def read(name: str) -> Tensor:
+        nonlocal mapped, resident
+        if not mapped or resident + sizes[name] > largest:
+            mapped, resident = {}, 0  # first, so that there are never two
+            mapped = load()
+        tensor = mapped[name]
+        resident += sizes[name]
+        unread.discard(name)
+        if not unread:
+            mapped = {}
+        return tensor
+
+    return read
+
+
+def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     """Write beside the file and rename: a crash in between leaves the last good file whole."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that only their owner may read
         os.replace(temporary, file)
+    except SafetensorError as error:  # its own kind for a full disk
+        raise OSError(f"{file}: cannot be written ({first_line(error)})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def main() -> int:
+    """convert and recover, which need more than this file."""
+    import checkpoints
+
+    return checkpoints.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,8 @@ Sun, Gupta and Iyyer (2023), section 3; Schulman et al. (2017) for the losses. P
 A model is any callable that takes tensors on its own device (attention_mask is 1 at real tokens):
 
     policy(input_ids, attention_mask, keep) -> logits (B, keep, V) of the last `keep` positions; `reference` is alike
-    value(input_ids, attention_mask) -> (B, S);   reward(input_ids, attention_mask) -> (B,)
+    value(input_ids, attention_mask) -> (B, S)
+    reward(input_ids, attention_mask, n) -> (B,); the last n positions are the response's, should it want to know
     generate(prompts, prompt_mask) -> responses (B, up to T), sampled from the policy at config.temperature
 
 so a Hugging Face model needs one line, `lambda ids, mask, keep: hf(ids, mask, logits_to_keep=keep).logits`. Dropout is
@@ -230,7 +231,7 @@ def score(policy: Callable, value: Callable, reference: Callable, reward: Callab
         "logprobs": token_logprobs(response_logits(policy, *here, n), here[0][:, -n:], temperature),
         "ref_logprobs": ref_logprobs.to(policy_device),
         "values": response_values(value, *here, n),
-        "scores": reward(*there).float().to(policy_device),
+        "scores": reward(*there, n).float().to(policy_device),
     }
 
 

@@ -3,6 +3,8 @@
     python reward.py --base runs/sft --data preferences.json --out runs/reward                   # LoRA, one GPU
     python reward.py --base runs/sft --data preferences.json --out runs/reward --tuning full     # as AlpacaFarm did
 
+A reward can also be a plain function, `rule(prompts, responses) -> list[float]`, named `file.py:rule`: see load_rule.
+
 The paper (section 2.1) takes AlpacaFarm's reward model as given: trained from SFT-10k on 10K human preference pairs
 with the loss -log sigmoid(chosen - rejected) (Ouyang et al. 2022, eq. 1). Training defaults are AlpacaFarm's, for full
 tuning.
@@ -28,7 +30,7 @@ import argparse
 import json
 import math
 import os
-import shutil
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -41,8 +43,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 LEARNING_RATES = {"full": 3e-6, "lora": 1e-4}  # --tuning
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja")
+HEAD_NAMES = ("score.weight", "reward_head.weight", "reward_head.bias")  # ours and transformers', AlpacaFarm's
 
 # ------------------------------------------------------------------------------------------------------------- model
 
@@ -105,21 +106,23 @@ class RewardModel(nn.Module):
         _save(self, Path(directory), dtype)
 
 
-def scorer(model: RewardModel, policy_tokenizer: Any, reward_tokenizer: Any,
-           say: Callable[[str], None] = print) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (input_ids, attention_mask) -> (B,) on the policy's token ids, and a line to `say` which kind it is.
+Reward = Callable[[Tensor, Tensor, int], Tensor]  # as ppo.py calls it: (input_ids, attention_mask, n) -> (B,)
+
+
+def scorer(model: RewardModel, policy_tokenizer: Any, reward_tokenizer: Any, say: Callable[[str], None] = print) -> Reward:
+    """The model as a reward on the policy's token ids, and a line to `say` how it reads them.
 
     Where both tokenizers (data.Tokenizer) mean the same by every id, it is the model itself. Else each sequence is
     decoded and tokenised anew, which loses the policy's own spelling and any special tokens inside the text.
     """
-    if _same_ids(policy_tokenizer, reward_tokenizer):
+    if same_ids(policy_tokenizer, reward_tokenizer):
         say("reward: scores the policy's token ids as they are (one tokenizer)")
-        return model
+        return lambda input_ids, attention_mask, n: model(input_ids, attention_mask)
     say("reward: decodes and tokenises anew, since its tokenizer is not the policy's")
 
-    def retokenised(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def retokenised(input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
         sequences = []
-        for ids, mask in zip(input_ids, attention_mask.bool()):
+        for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
             ids = ids[mask].tolist()
             text, ended = policy_tokenizer.decode(ids), ids[-1] == policy_tokenizer.eos_token_id
             sequences.append(reward_tokenizer.encode(text, bos=True, eos=ended))
@@ -128,12 +131,52 @@ def scorer(model: RewardModel, policy_tokenizer: Any, reward_tokenizer: Any,
     return retokenised
 
 
-def _same_ids(a: Any, b: Any) -> bool:
+def same_ids(a: Any, b: Any) -> bool:
     """Whether every id that `a` can emit means the same to `b`; a pad id beyond the vocabulary is never read."""
     ids = [i for i in range(len(a)) if i != a.pad_token_id]
     same_ends = (a.bos_token_id, a.eos_token_id) == (b.bos_token_id, b.eos_token_id)
-    # Twice in a row, as SentencePiece strips the space of the first piece and would show " the" as "the".
-    return same_ends and max(ids) < len(b) and all(a.decode([i, i]) == b.decode([i, i]) for i in ids)
+    # All in one text, as one call each would take seconds; backwards too, so that no two cuts of one text look alike.
+    return same_ends and max(ids) < len(b) and all(a.decode(x) == b.decode(x) for x in (ids, ids[::-1]))
+
+
+def is_rule(name: str) -> bool:
+    """Whether the name is `file.py:function`, and not a folder."""
+    return ".py:" in name
+
+
+def load_rule(name: str) -> Callable[[list[str], list[str]], list[float]]:
+    """The function that `path/to/file.py:function` names; the file is run. Raises ValueError where there is none."""
+    file, _, function = name.rpartition(":")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file; a rule is named file.py:function")
+    space = runpy.run_path(file)
+    if not callable(space.get(function)):
+        there = [key for key, value in space.items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{name}: {file} has no function {function!r}; it has {', '.join(there) or 'none'}")
+    return space[function]
+
+
+def rule_scorer(rule: Callable[[list[str], list[str]], list[float]], tokenizer: Any) -> Reward:
+    """A rule on texts, as a reward on token ids.
+
+    The rule gets the prompts as the policy read them, template and all, and the responses, both without special tokens;
+    it gives one finite number for each. They are used as they are: scale them to a deviation near 1, where beta belongs.
+    """
+    def reward(input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
+        cut, real = input_ids.shape[1] - n, attention_mask.bool()
+        prompts = [tokenizer.decode(ids[:cut][mask[:cut]]) for ids, mask in zip(input_ids, real, strict=True)]
+        responses = [tokenizer.decode(ids[cut:][mask[cut:]]) for ids, mask in zip(input_ids, real, strict=True)]
+        said = rule(prompts, responses)
+        try:
+            scores = torch.tensor([float(x) for x in said], device=input_ids.device)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the rule must return a list of numbers ({error})") from error
+        if len(scores) != len(responses) or not bool(scores.isfinite().all()):
+            raise ValueError(f"the rule must return {len(responses)} finite numbers, one for each response; it returned "
+                             f"{len(scores)}, {int(scores.isfinite().sum())} of them finite")
+        return scores
+
+    return reward
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -141,16 +184,17 @@ def _same_ids(a: Any, b: Any) -> bool:
 
 def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
           device: torch.device | str | None) -> RewardModel:
-    from model import Llama, checkpoint_tensors
+    from checkpoints import local_copy
+    from model import Llama, load_tensors, read_tensor, stored_tensors
+
+    directory = local_copy(directory)
 
     description = _read_json(directory / "config.json", "a reward model folder holds config.json and its weights")
-    tensors, head = {}, {}
-    for _, name, tensor in checkpoint_tensors(directory):
-        name = name.removeprefix("backbone_model.")  # AlpacaFarm's
-        if name in ("score.weight", "reward_head.weight", "reward_head.bias"):
-            head[name.rpartition(".")[2]] = tensor.float()
-        elif name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
-            tensors[name] = tensor.to(device=device, dtype=dtype)
+    stored = stored_tensors(directory)
+    # Apart, as the head stays float32 whatever the dtype.
+    head = {name.rpartition(".")[2]: read_tensor(stored.pop(name), name).float() for name in HEAD_NAMES if name in stored}
+    tensors = {name.removeprefix("backbone_model."): tensor for _, name, tensor in load_tensors(stored, dtype, device)
+               if not name.endswith(("lm_head.weight", "rotary_emb.inv_freq"))}
     if "weight" not in head:
         raise ValueError(f"{directory}: neither score.weight nor reward_head.weight among the weights: not a reward "
                          "model; `python reward.py` trains one")
@@ -237,7 +281,10 @@ def _write(file: Path, write: Callable[[Path], object]) -> None:
     """Write beside the file and rename: a full disk or a kill leaves the last good file whole."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that only their owner may read
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -292,7 +339,7 @@ def group_preferences(records: Sequence[dict], encode: Callable[[dict, str], lis
             dropped += 1
             continue
         known, group = outputs.setdefault(key, {}), groups.setdefault(key, Group([], []))
-        for text, ids in zip(texts, encoded):
+        for text, ids in zip(texts, encoded, strict=True):
             if known.setdefault(text, len(known)) == len(group.sequences):
                 group.sequences.append(ids)
         winner = record["preference"] - 1
@@ -463,10 +510,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a reward model on preference pairs (stage 2).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     files = parser.add_argument_group("files")
-    files.add_argument("--base", required=True, help="directory of the SFT model, with its tokenizer")
+    files.add_argument("--base", required=True, help="the SFT model: folder, .gguf or hub name")
     files.add_argument("--data", required=True, help="AlpacaFarm preferences, JSON or JSON lines")
     files.add_argument("--out", required=True, help="directory for the reward model (LoRA is merged into it)")
-    files.add_argument("--template", default="alpaca", help="prompt: alpaca, tiny, chat or a JSON file")
+    files.add_argument("--prompt-template", default="alpaca", help="prompt: alpaca, tiny, chat or a JSON file")
     files.add_argument("--max-tokens", type=int, default=512, help="longer prompt + output: the pair is dropped")
     files.add_argument("--held-out", type=float, default=0.1, help="share of the instructions kept for accuracy")
     training = parser.add_argument_group("training")
@@ -495,7 +542,7 @@ def load_groups(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Group], 
     from data import encode_pair, load_preferences
 
     def encode(record: dict, output: str) -> list[int]:
-        prompt, response = encode_pair(record, output, tokenizer, args.template)
+        prompt, response = encode_pair(record, output, tokenizer, args.prompt_template)
         return prompt + response
 
     groups, dropped = group_preferences(load_preferences(args.data), encode, args.max_tokens)
@@ -514,35 +561,42 @@ def load_base(args: argparse.Namespace) -> RewardModel:
     from model import Llama
 
     default = "bfloat16" if args.tuning == "lora" and args.device.startswith("cuda") else "float32"
-    backbone = Llama.from_pretrained(args.base, dtype=getattr(torch, args.dtype or default), device=args.device)
+    backbone = Llama.from_pretrained(args.base, getattr(torch, args.dtype or default), args.device, progress=True)
     backbone.gradient_checkpointing = args.gradient_checkpointing
     if args.tuning == "lora":
         add_lora(backbone, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
     return RewardModel(backbone)
 
 
-def save(model: RewardModel, args: argparse.Namespace, pad_token_id: int) -> None:
+def check_out(out: str) -> None:
+    """Before any work: what is in the folder would be lost, or mixed with the new model."""
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ValueError(f"--out {out}: already holds files; name a new folder")
+
+
+def save(model: RewardModel, args: argparse.Namespace, tokenizer: Any) -> None:
     """Write the reward model, LoRA merged, and the tokenizer of its base."""
     from lora import merge_lora
 
     if args.tuning == "lora":
         merge_lora(model.backbone)
     if model.backbone.config.pad_token_id is None:
-        model.backbone.config.pad_token_id = pad_token_id  # transformers finds the last token by it
+        model.backbone.config.pad_token_id = tokenizer.pad_token_id  # transformers finds the last token by it
     model.save_pretrained(args.out)
-    for name in TOKENIZER_FILES:
-        if (Path(args.base) / name).is_file() and Path(args.base).resolve() != Path(args.out).resolve():
-            shutil.copyfile(Path(args.base) / name, Path(args.out) / name)
+    tokenizer.save(args.out)
 
 
 def run(args: argparse.Namespace) -> None:
     """Load, train, standardise, save, and print what came of it."""
-    from data import load_tokenizer
+    from data import check_vocabulary, describe_tokenizer, load_tokenizer
 
+    check_out(args.out)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.base)
+    print(describe_tokenizer(tokenizer))
     groups, held_out = load_groups(args, tokenizer)
     model = load_base(args)
+    check_vocabulary(tokenizer, model.backbone.config.vocab_size, f"--base {args.base}")
     history = train_reward(
         model, groups, held_out=held_out, epochs=args.epochs, batch_size=args.batch_size,
         micro_batch_size=args.micro_batch_size, learning_rate=args.learning_rate or LEARNING_RATES[args.tuning],
@@ -556,7 +610,7 @@ def run(args: argparse.Namespace) -> None:
     samples = [sequence for group in held_out or groups for sequence in group.sequences]
     mean, std = standardise(model, samples, tokenizer.pad_token_id)
     print(f"standardised on {len(samples)} samples: raw mean {mean:.3f}, deviation {std:.3f}")
-    save(model, args, tokenizer.pad_token_id)
+    save(model, args, tokenizer)
     print(f"saved {args.out}")
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -30,14 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import encode_pair, load_instructions, load_tokenizer
+from data import check_vocabulary, describe_tokenizer, encode_pair, load_instructions, load_tokenizer
 from lora import add_lora, merge_lora, save_lora
 from model import Llama
 from reward import length_batches, warmup_cosine
 
 LEARNING_RATES = {"full": 2e-5, "lora": 1e-4}  # --tuning
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja")
 
 Pair = tuple[Sequence[int], Sequence[int]]  # (prompt ids, response ids through EOS)
 
@@ -164,7 +161,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     files.add_argument("--model", required=True, help="directory of the LLaMA to start from, with its tokenizer")
     files.add_argument("--data", required=True, help="AlpacaFarm JSON or JSON lines: instruction, input, output")
     files.add_argument("--out", required=True, help="directory for the tuned model (with LoRA: merged, and adapter/)")
-    files.add_argument("--template", default="alpaca", help="prompt: alpaca, tiny, chat or a JSON file")
+    files.add_argument("--prompt-template", default="alpaca", help="prompt: alpaca, tiny, chat or a JSON file")
     files.add_argument("--max-tokens", type=int, default=512, help="longer prompt + response: dropped")
     files.add_argument("--validation", type=float, default=0.02, help="share of the data held out")
     training = parser.add_argument_group("training")
@@ -191,7 +188,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def load_pairs(args: argparse.Namespace, tokenizer) -> tuple[list[Pair], list[Pair]]:
     """(training, validation) sequences that fit --max-tokens, split by --seed."""
     examples = load_instructions(args.data, need_output=True)
-    pairs = [encode_pair(example, example["output"], tokenizer, args.template) for example in examples]
+    pairs = [encode_pair(example, example["output"], tokenizer, args.prompt_template) for example in examples]
     kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= args.max_tokens]
     order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(args.seed)).tolist()
     held_out = round(args.validation * len(kept))
@@ -207,30 +204,37 @@ def load_pairs(args: argparse.Namespace, tokenizer) -> tuple[list[Pair], list[Pa
 def load_model(args: argparse.Namespace) -> Llama:
     """The model on its device, ready to train in full or with LoRA."""
     default = "bfloat16" if args.tuning == "lora" and args.device.startswith("cuda") else "float32"
-    model = Llama.from_pretrained(args.model, dtype=getattr(torch, args.dtype or default), device=args.device)
+    model = Llama.from_pretrained(args.model, getattr(torch, args.dtype or default), args.device, progress=True)
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.tuning == "lora":
         add_lora(model, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
     return model
 
 
-def save(model: Llama, args: argparse.Namespace) -> None:
+def check_out(out: str) -> None:
+    """Before any work: what is in the folder would be lost, or mixed with the new model."""
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ValueError(f"--out {out}: already holds files; name a new folder")
+
+
+def save(model: Llama, args: argparse.Namespace, tokenizer) -> None:
     """Write a whole model that every other program takes as it is, and the adapter alone beside it."""
     if args.tuning == "lora":
         save_lora(model, Path(args.out) / "adapter")
         merge_lora(model)
     model.save_pretrained(args.out)
-    for name in TOKENIZER_FILES:
-        if (Path(args.model) / name).is_file() and Path(args.model).resolve() != Path(args.out).resolve():
-            shutil.copyfile(Path(args.model) / name, Path(args.out) / name)
+    tokenizer.save(args.out)
 
 
 def run(args: argparse.Namespace) -> None:
     """Load, train, save, and print what came of it."""
+    check_out(args.out)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
+    print(describe_tokenizer(tokenizer))
     training, validation = load_pairs(args, tokenizer)
     model = load_model(args)
+    check_vocabulary(tokenizer, model.config.vocab_size, f"--model {args.model}")
     history = train_sft(
         model, training, validation=validation, epochs=args.epochs, batch_size=args.batch_size,
         micro_batch_size=args.micro_batch_size, learning_rate=args.learning_rate or LEARNING_RATES[args.tuning],
@@ -240,7 +244,7 @@ def run(args: argparse.Namespace) -> None:
         shown = "none" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}"
         print(f"epoch {row['epoch']}: loss {row['loss']:.3f}, validation {shown} nats per response token, "
               f"{row['tokens_per_second']:.0f} tokens/s")
-    save(model, args)
+    save(model, args, tokenizer)
     print(f"saved {args.out}")
 
 

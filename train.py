@@ -15,6 +15,7 @@ is saved after step N with every random state, so a resumed run repeats the run 
 """
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -34,12 +35,15 @@ from tqdm import tqdm
 
 import evaluate
 import ppo
-from data import PromptStream, left_pad, load_instructions, load_tokenizer, tokenize_prompts
+from data import (PromptStream, check_vocabulary, describe_tokenizer, left_pad, load_instructions, load_tokenizer,
+                  tokenize_prompts)
 from divergences import ESTIMATORS, get_estimator
-from lora import add_lora, load_lora, lora_disabled, merge_lora, save_lora, unmerge_lora
-from model import Llama, ValueModel, generate
+from checkpoints import local_copy
+from lora import (add_lora, load_lora, lora_disabled, lora_layers, lora_snapshot, lora_weights, merge_lora, save_lora,
+                  unmerge_lora)
+from model import Llama, ValueModel, generate, write_atomically
 from ppo import PPOConfig
-from reward import RewardModel, scorer
+from reward import Reward, RewardModel, is_rule, load_rule, rule_scorer, same_ids, scorer
 
 # Which model lives where (the paper's two GPUs, "Limitations"). --policy-device and --reference-device override it; with
 # fewer devices both fall to what there is, and models with the same frozen weights then share them.
@@ -51,7 +55,7 @@ TINY = Path(__file__).parent / "tiny"
 # rate, shorter texts and fewer steps.
 TINY_PRESET = {
     "policy": str(TINY / "sft"), "reward": str(TINY / "reward"), "data": str(TINY / "data" / "ppo.json"),
-    "evaluation": str(TINY / "data" / "evaluation.json"), "template": "tiny", "steps": 25,
+    "evaluation": str(TINY / "data" / "evaluation.json"), "prompt_template": "tiny", "steps": 25,
     "response_length": 80, "temperature": 0.7, "learning_rate": 5e-4, "rollout_batch_size": 128, "step_batch_size": 64,
     "micro_batch_size": 64, "rollout_micro_batch_size": 128,
 }
@@ -66,11 +70,13 @@ class RunConfig:
     """What a run is, beside PPO's own numbers (ppo.PPOConfig). Every field is a flag."""
 
     estimator: str = setting("bregman", "objective", "", "the penalty of Table 1: " + ", ".join(ESTIMATORS) + " (or k1 k2 k3)")
-    policy: str | None = setting(None, "data and models", "", "SFT model folder; None: the miniature world's")
-    reward: str | None = setting(None, "data and models", "", "reward model folder")
+    policy: str | None = setting(None, "data and models", "", "SFT model: folder, .gguf or hub name; None: the miniature world's")
+    reward: str | None = setting(None, "data and models", "", "reward model folder, or file.py:function for a rule")
     data: str | None = setting(None, "data and models", "", "instructions, AlpacaFarm JSON or JSON lines")
     evaluation: str | None = setting(None, "data and models", "", "evaluation instructions, for the before/after table")
-    template: str = setting("alpaca", "data and models", "", "prompt template: alpaca, tiny, chat or a JSON file")
+    adapter: str | None = setting(None, "data and models", "", "trained adapter that the policy starts from and is compared to: "
+                                  "a PEFT folder, or the paper's released .bin")
+    prompt_template: str = setting("alpaca", "data and models", "", "alpaca, tiny, chat (the tokenizer's own) or a JSON file")
     query_length: int = setting(192, "data and models", "tokens", "longer prompts are dropped")
     out: str | None = setting(None, "run", "", "run folder; None: runs/<estimator>-s<seed>")
     seed: int = setting(0, "run", "", "decides initialisation, sampling, dropout and the order of the data")
@@ -84,6 +90,8 @@ class RunConfig:
     tuning: str = setting("lora", "tuned weights", "", "lora, or full fine-tuning of policy and value", ("lora", "full"))
     lora_rank: int = setting(8, "tuned weights", "", "rank k of B A (Eq. 1)")
     lora_alpha: float = setting(64.0, "tuned weights", "", "the update is scaled by alpha / rank")
+    lora_targets: str = setting("q_proj,k_proj,v_proj,o_proj", "tuned weights", "", "adapted layers, by commas (MLP: gate_proj, "
+                                "up_proj, down_proj)")
     lora_dropout: float = setting(0.1, "tuned weights", "", "on the input of every adapter, in updates only")
 
     def __post_init__(self) -> None:
@@ -93,6 +101,14 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be at least {low}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}: from 0 up to but not 1")
+        if self.adapter and self.tuning == "full":
+            raise ValueError(f"adapter {self.adapter} with tuning full: python lora.py merge makes one model of both, to name as "
+                             "--policy")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names in lora_targets."""
+        return tuple(name.strip() for name in self.lora_targets.split(","))
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
@@ -150,6 +166,9 @@ def stored_config(given: dict[str, Any]) -> tuple[RunConfig, PPOConfig]:
     if not file.is_file():
         raise FileNotFoundError(f"--resume: {file} not found: there is no run in {out} to go on with")
     stored = json.loads(file.read_text(encoding="utf-8")) | {"out": str(out)}
+    missing = [f.name for config in (RunConfig, PPOConfig) for f in fields(config) if f.name not in stored]
+    if missing:
+        raise ValueError(f"{file}: lacks {missing[0]}: written by another version of train.py")
     for name, value in given.items():
         if name != "out" and stored.get(name) != value:
             raise ValueError(f"--resume: --{name.replace('_', '-')} {value} differs from the run's {stored.get(name)}: "
@@ -186,10 +205,10 @@ class Models:
 
     policy: Llama
     value: ValueModel
-    reward_model: RewardModel
+    reward_model: RewardModel | None
     policy_logits: Callable[[Tensor, Tensor, int], Tensor]
     reference_logits: Callable[[Tensor, Tensor, int], Tensor]
-    reward: Callable[[Tensor, Tensor], Tensor]
+    reward: Reward
     policy_device: str
     reference_device: str
     shared: bool
@@ -223,35 +242,89 @@ def build_models(run: RunConfig, tokenizer, say: Callable[[str], None] = print) 
     say(f"{line}; {str(dtype).removeprefix('torch.')}"
         + ("; one device: frozen weights are shared, two models instead of four" if shared else ""))
 
-    policy = Llama.from_pretrained(run.policy, dtype=dtype, device=policy_device)
-    reward_model = RewardModel.from_pretrained(run.reward, dtype=dtype, device=reference_device).requires_grad_(False)
-    if shared:
-        reference, backbone = policy, reward_model.backbone
+    policy = Llama.from_pretrained(run.policy, dtype=dtype, device=policy_device, progress=True)
+    rows = policy.config.vocab_size
+    unused = check_vocabulary(tokenizer, rows, f"--policy {run.policy}")
+    say(f"{describe_tokenizer(tokenizer)}; {rows:,} embedding rows in the policy" + (f", {unused} unused" if unused else ""))
+    check_targets(policy, run.targets)
+    reference = policy
+    if not shared:
+        reference = Llama.from_pretrained(run.policy, dtype=dtype, device=reference_device, progress=True).requires_grad_(False)
+    reward_model, score, same_ids = load_reward(run, tokenizer, dtype, reference_device, say)
+    if not same_ids:
+        say("value: starts from the policy's weights, as there is no reward model with the policy's tokenizer")
+        backbone = second_model(policy, own_weights=run.tuning == "full")
+    elif shared:
+        backbone = reward_model.backbone
     else:
-        reference = Llama.from_pretrained(run.policy, dtype=dtype, device=reference_device).requires_grad_(False)
         backbone = RewardModel.from_pretrained(run.reward, dtype=dtype, device=policy_device).backbone
     value = ValueModel(backbone)
+
+    start: dict[str, Tensor] = {}  # the adapter that the reference keeps on
+    if run.adapter and not shared:
+        start_from(run, reference)
     if run.tuning == "lora":
-        torch.manual_seed(run.seed)  # loading four models draws more than loading two: adapters must not depend on it
-        for adapted in (policy, backbone):
-            add_lora(adapted, run.lora_rank, run.lora_alpha, run.lora_dropout)
+        # Only now: building four models draws more numbers than building two, and neither adapters nor dropout may depend on it.
+        torch.manual_seed(run.seed)
+        if run.adapter:
+            start = start_from(run, policy, say)
+        else:
+            add_lora(policy, run.lora_rank, run.lora_alpha, run.lora_dropout, run.targets)
+        add_lora(backbone, run.lora_rank, run.lora_alpha, run.lora_dropout, run.targets)
     else:
         backbone.requires_grad_(True)  # its output layer is the embedding, tied, and so trains with it
 
-    score = scorer(reward_model, tokenizer, load_tokenizer(run.reward), say)
-
     def reference_logits(input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-        with lora_disabled(reference) if shared else nullcontext():
+        as_it_started = lora_weights(reference, start) if start else lora_disabled(reference)
+        with as_it_started if shared else nullcontext():
             return reference(input_ids, attention_mask, logits_to_keep=keep)
 
-    def reward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        with lora_disabled(backbone) if shared else nullcontext():
-            return score(input_ids, attention_mask)
+    def reward(input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
+        with lora_disabled(backbone) if shared and same_ids else nullcontext():
+            return score(input_ids, attention_mask, n)
 
+    reference.eval()
     models = Models(policy, value, reward_model, lambda ids, mask, keep: policy(ids, mask, logits_to_keep=keep),
                     reference_logits, reward, policy_device, reference_device, shared)
     models.mode(training=False)
     return models
+
+
+def check_targets(model: Llama, targets: tuple[str, ...]) -> None:
+    """A misspelt name would match nothing, and nobody would miss its adapters."""
+    layers = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for target in targets:
+        if target not in layers:
+            raise ValueError(f"--lora-targets {target!r}: the model has no such layer; choose from {', '.join(sorted(layers))}")
+
+
+def load_reward(run: RunConfig, tokenizer, dtype: torch.dtype, device: str, say: Callable[[str], None]
+                ) -> tuple[RewardModel | None, Reward, bool]:
+    """(reward model, how to score with it, whether it reads the policy's token ids); a rule has no model and reads text."""
+    if is_rule(run.reward):
+        say(f"reward: the rule {run.reward}, on decoded texts")
+        return None, rule_scorer(load_rule(run.reward), tokenizer), False
+    model = RewardModel.from_pretrained(run.reward, dtype=dtype, device=device).requires_grad_(False)
+    its_own = load_tokenizer(run.reward).for_template(run.prompt_template)
+    check_vocabulary(its_own, model.backbone.config.vocab_size, f"--reward {run.reward}")
+    return model, scorer(model, tokenizer, its_own, say), same_ids(tokenizer, its_own)
+
+
+def second_model(model: Llama, own_weights: bool) -> Llama:
+    """Another model on the same weights, for adapters of its own, or with a copy of them, for full fine-tuning."""
+    return copy.deepcopy(model, {} if own_weights else {id(p): p for p in model.parameters()})
+
+
+def start_from(run: RunConfig, model: Llama, say: Callable[[str], None] = lambda line: None) -> dict[str, Tensor]:
+    """Puts the trained adapter on the model and returns it as it is now, since training goes on with the same one."""
+    load_lora(model, local_copy(run.adapter), part="policy")
+    layers = lora_layers(model)
+    for layer in layers.values():
+        layer.dropout = run.lora_dropout
+    first = next(iter(layers.values()))
+    say(f"policy: starts from the adapter {run.adapter} (rank {first.rank}, alpha {first.alpha:g}, {len(layers)} layers); its "
+        "reference keeps that adapter")
+    return lora_snapshot(model)
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
@@ -278,12 +351,13 @@ def save_checkpoint(out: Path, run: RunConfig, models: Models, state: State) -> 
     (part / "value").mkdir()
     if run.tuning == "lora":
         save_lora(models.policy, part / "policy", base_model_name_or_path=str(run.policy))
-        save_lora(models.value, part / "value", base_model_name_or_path=str(run.reward))
+        base = run.policy if is_rule(run.reward) else run.reward
+        save_lora(models.value, part / "value", base_model_name_or_path=str(base))
     else:
         models.policy.save_pretrained(part / "policy")
         models.value.backbone.save_pretrained(part / "value")
     head = {name: tensor.detach().cpu() for name, tensor in models.value.head.state_dict().items()}
-    save_file(head, part / "value" / "value_head.safetensors")
+    write_atomically(part / "value" / "value_head.safetensors", lambda file: save_file(head, file))
     random_states = {"torch": torch.get_rng_state(), "sampling": state.sampling.get_state(),
                      "shuffling": state.shuffling.get_state()}
     if models.policy_device.startswith("cuda"):
@@ -414,8 +488,8 @@ def make_generate(models: Models, config: PPOConfig, tokenizer, generator: torch
 
 def true_kl_of(models: Models, rollout: ppo.Rollout, config: PPOConfig, tokenizer, rows: int = 32) -> float:
     """True KL per token over the vocabulary, on the first `rows` responses of the rollout."""
-    prompts = [p[m.bool()].tolist() for p, m in zip(rollout.prompts[:rows], rollout.prompt_mask[:rows])]
-    responses = [r[m].tolist() for r, m in zip(rollout.responses[:rows], rollout.mask[:rows])]
+    prompts = [p[m.bool()].tolist() for p, m in zip(rollout.prompts[:rows], rollout.prompt_mask[:rows], strict=True)]
+    responses = [r[m].tolist() for r, m in zip(rollout.responses[:rows], rollout.mask[:rows], strict=True)]
     with torch.no_grad():
         sums, lengths = evaluate.kl_of_batch(models.policy_logits, models.reference_logits, prompts, responses,
                                              tokenizer.pad_token_id, config.temperature, models.policy_device,
@@ -523,9 +597,11 @@ def train(run: RunConfig, config: PPOConfig, resume: bool = False) -> Path:
     out = Path(run.out)
     checkpoint = check_run_folder(out, resume)  # before anything slow
     torch.manual_seed(run.seed)
-    tokenizer = load_tokenizer(run.policy)
-    prompts = tokenize_prompts(load_instructions(run.data), tokenizer, run.template, run.query_length)
-    benchmark = evaluate.load_benchmark(run.evaluation, tokenizer, run.template, run.query_length) if run.evaluation else None
+    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
+    prompts = tokenize_prompts(load_instructions(run.data), tokenizer, run.prompt_template, run.query_length)
+    benchmark = None
+    if run.evaluation:
+        benchmark = evaluate.load_benchmark(run.evaluation, tokenizer, run.prompt_template, run.query_length)
     models = build_models(run, tokenizer)
     optimizer = torch.optim.Adam(models.trained(), lr=config.learning_rate, eps=config.adam_eps)
     state = State(optimizer, PromptStream(len(prompts.ids), run.seed),

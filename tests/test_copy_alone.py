@@ -55,7 +55,7 @@ USES = {
         def value(ids, mask): return head(embed(ids))[..., 7]
         frozen = copy.deepcopy((embed, head))
         def reference(ids, mask, keep): return frozen[1](frozen[0](ids))[:, -keep:, :7]
-        def reward(ids, mask): return (ids == 3).sum(1).float()
+        def reward(ids, mask, n): return (ids == 3).sum(1).float()
         def generate(prompts, mask): return torch.randint(2, 7, (len(prompts), 4))
         config = ppo.PPOConfig(rollout_batch_size=8, step_batch_size=4, micro_batch_size=2, learning_rate=0.1)
         prompts = torch.full((8, 2), 4)

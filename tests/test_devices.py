@@ -30,8 +30,8 @@ def place(build, device: str) -> torch.nn.Module:
     return model
 
 
-def llama() -> Llama:
-    return Llama(LlamaConfig(vocab_size=V, **SIZES))
+def llama(rows: int = V) -> Llama:
+    return Llama(LlamaConfig(vocab_size=rows, **SIZES))
 
 
 def adapted_value() -> ValueModel:
@@ -46,7 +46,8 @@ def score(policy_device: str, reference_device: str, reward_on: str) -> tuple[di
     responses = torch.zeros(2, 3, dtype=torch.long, device=policy_device)
     mask = ppo.response_mask(responses, EOS)
     said = ppo.score(lambda ids, attention, keep: policy(ids, attention, logits_to_keep=keep), value,
-                     lambda ids, attention, keep: reference(ids, attention, logits_to_keep=keep), reward,
+                     lambda ids, attention, keep: reference(ids, attention, logits_to_keep=keep),
+                     lambda ids, attention, n: reward(ids, attention),
                      prompts, torch.ones_like(prompts), responses, mask, temperature=0.7,
                      policy_device=policy_device, reference_device=reference_device)
     return said, mask
@@ -124,9 +125,9 @@ def test_train_py_itself_places_the_models_so(world, tmp_path, two_gpus, monkeyp
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, a: tensor)  # fake tensors draw no numbers
-    monkeypatch.setattr(train.Llama, "from_pretrained", lambda path, dtype, device: place(llama, device))
+    monkeypatch.setattr(train.Llama, "from_pretrained", lambda path, dtype, device, progress: place(lambda: llama(600), device))
     monkeypatch.setattr(train.RewardModel, "from_pretrained",
-                        lambda path, dtype, device: place(lambda: RewardModel(llama()), device))
+                        lambda path, dtype, device: place(lambda: RewardModel(llama(600)), device))
     run, _ = train.build_config({"policy": str(world / "sft"), "reward": str(world / "reward"), "data": "unread",
                                  "out": str(tmp_path), "tuning": tuning, "dtype": "float32"})
     models = train.build_models(run, load_tokenizer(world / "sft"), say=lambda line: None)

@@ -169,7 +169,7 @@ def test_true_kl_stops_after_max_tokens():
 
 
 def test_rewards_come_in_the_order_of_the_responses():
-    scores = measure_reward(lambda ids, mask: (ids * mask).sum(1).float(), PROMPTS, RESPONSES, pad_token_id=9,
+    scores = measure_reward(lambda ids, mask, n: (ids * mask).sum(1).float(), PROMPTS, RESPONSES, pad_token_id=9,
                             device="cpu", batch_size=2)
     assert scores == [sum(p) + sum(r) for p, r in zip(PROMPTS, RESPONSES)]  # were padding read, 9s would be in it
 
@@ -216,7 +216,7 @@ def test_a_benchmark_without_judges_has_no_win_rate_and_the_miniature_worlds_has
     from data import load_tokenizer
 
     tokenizer = load_tokenizer(world / "sft")
-    policy, reward = Llama.from_pretrained(world / "sft"), lambda ids, mask: mask.sum(1).float()
+    policy, reward = Llama.from_pretrained(world / "sft"), lambda ids, mask, n: mask.sum(1).float()
     logits = lambda ids, mask, keep: policy(ids, mask, keep)  # noqa: E731
 
     def measured(file):

@@ -60,7 +60,7 @@ def tiny_models():
     return TinyLM(seed=0), critic, lambda ids, mask: critic(ids, mask).squeeze(-1)
 
 
-def count_threes(ids, mask):
+def count_threes(ids, mask, n):
     """A reward model: how many threes stand in the sequence."""
     return ((ids == 3) * mask).sum(1).float()
 
@@ -250,7 +250,7 @@ def test_what_the_sampler_leaves_behind_eos_is_wiped():
 
 def test_no_model_is_shown_what_stands_behind_eos():
     policy, _, value = tiny_models()
-    rollout = collect(policy, value, small_config(), reward=lambda ids, mask: mask.sum(1))
+    rollout = collect(policy, value, small_config(), reward=lambda ids, mask, n: mask.sum(1))
     assert torch.equal(rollout.scores, (rollout.prompt_mask.sum(1) + rollout.mask.sum(1)).float())
 
 
@@ -474,7 +474,7 @@ def test_ppo_learns_to_say_what_is_rewarded():
     scores = []
     for step in range(25):
         rollout = collect(policy, value, config, n=32, generate=sampler(policy, 6, seed=step), reference=TinyLM(seed=0),
-                          reward=lambda ids, mask: ((ids[:, -6:] == 3) * mask[:, -6:]).sum(1).float())
+                          reward=lambda ids, mask, n: ((ids[:, -n:] == 3) * mask[:, -n:]).sum(1).float())
         ppo.update(policy, value, rollout, optimizer, config)
         scores.append(rollout.scores.mean().item())
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 2, scores
@@ -492,7 +492,7 @@ def test_scoring_and_losses_run_with_the_models_on_two_gpus_without_a_gpu(two_gp
     responses = torch.zeros(2, 3, dtype=torch.long, device=first)
     mask = ppo.response_mask(responses, EOS)
     said = ppo.score(policy, lambda i, m: critic(i, m).squeeze(-1), reference,
-                     lambda i, m: scorer(i, m).squeeze(-1)[:, -1],
+                     lambda i, m, n: scorer(i, m).squeeze(-1)[:, -1],
                      prompts, torch.ones_like(prompts), responses, mask,
                      temperature=0.7, policy_device=first, reference_device=second)
     assert {str(x.device) for x in said.values()} == {first}

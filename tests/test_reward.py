@@ -117,15 +117,42 @@ class Letters:
 
 def test_token_ids_are_scored_as_they_are_only_where_they_mean_the_same(model):
     said = []
-    assert reward.scorer(model, Letters("abc"), Letters("abcd"), said.append) is model
-    assert "as they are" in said[0]
+    ids, mask = torch.tensor([[0, 1, 3, 4, EOS], [1, 3, 3, 5, 0]]), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    score = reward.scorer(model, Letters("abc"), Letters("abcd"), said.append)
+    assert "as they are" in said[0] and torch.equal(score(ids, mask, 2), model(ids, mask))
 
     model.mean.fill_(0.5), model.std.fill_(2.0)
     score = reward.scorer(model, Letters("abc"), Letters("cba"), said.append)
     assert "tokenises anew" in said[1]
-    ids, mask = torch.tensor([[0, 1, 3, 4, EOS], [1, 3, 3, 5, 0]]), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     respelled = torch.tensor([[0, 1, 5, 4, EOS], [1, 5, 5, 3, 0]])
-    torch.testing.assert_close(score(ids, mask), model(respelled, mask))
+    torch.testing.assert_close(score(ids, mask, 2), model(respelled, mask))
+
+
+def test_a_rule_reads_prompt_and_response_as_texts(tmp_path):
+    file = tmp_path / "rules.py"
+    file.write_text("def short(prompts, responses):\n    return [10 * len(p) - len(r) for p, r in zip(prompts, responses)]\n")
+    assert reward.is_rule(f"{file}:short") and not reward.is_rule(str(tmp_path))
+    score = reward.rule_scorer(reward.load_rule(f"{file}:short"), Letters("abc"))
+    ids = torch.tensor([[0, 1, 3, 4, EOS], [1, 3, 3, 5, 0]])  # prompts "a" and "aa", responses "b" and "c"
+    assert score(ids, torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]), 2).tolist() == [9.0, 19.0]
+
+
+@pytest.mark.parametrize("rule, message", [
+    (lambda p, r: [1.0], "2 finite numbers, one for each response; it returned 1"),
+    (lambda p, r: [1.0, math.nan], "it returned 2, 1 of them finite"),
+    (lambda p, r: None, "must return a list of numbers"),
+    (lambda p, r: ["good", "bad"], "must return a list of numbers")])
+def test_a_rule_that_returns_something_else_is_told_what_to_return(rule, message):
+    with pytest.raises(ValueError, match=message):
+        reward.rule_scorer(rule, Letters("abc"))(torch.tensor([[1, 3, 4], [1, 4, 3]]), torch.ones(2, 3), 1)
+
+
+@pytest.mark.parametrize("name, message", [("nowhere.py:f", "nowhere.py: no such file"), ("rules.py:long", "it has short")])
+def test_a_rule_that_is_not_there_is_named(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules.py").write_text("def short(prompts, responses):\n    return [0.0] * len(responses)\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        reward.load_rule(name)
 
 
 # Loss and groups
@@ -396,7 +423,7 @@ def test_the_program_trains_standardises_saves_and_reports(tmp_path, base_dir, c
     pair = {"input": "", "output_1": "Hello, moon!", "output_2": "No.", "preference": 1}
     (tmp_path / "pairs.json").write_text(json.dumps([{"instruction": f"Say hello {i}", **pair} for i in range(12)]))
     argv = ["--base", str(base_dir), "--data", str(tmp_path / "pairs.json"), "--out", str(tmp_path / "out"),
-            "--template", "tiny", "--tuning", tuning, "--held-out", "0.25", "--epochs", "10", "--batch-size", "4",
+            "--prompt-template", "tiny", "--tuning", tuning, "--held-out", "0.25", "--epochs", "10", "--batch-size", "4",
             "--learning-rate", "2e-2", "--device", "cpu"]
     assert reward.main(argv) == 0
     printed = capsys.readouterr().out

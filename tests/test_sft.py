@@ -141,7 +141,7 @@ def arguments(tmp_path: Path, model_dir: Path, *more: str) -> list[str]:
     records = [{"instruction": "Name a colour", "input": str(i), "output": "Red."} for i in range(9)]
     (tmp_path / "data.json").write_text(json.dumps([*records, {"instruction": "Name " * 100, "output": "tin"}]))
     return ["--model", str(model_dir), "--data", str(tmp_path / "data.json"), "--out", str(tmp_path / "out"),
-            "--template", "tiny", "--max-tokens", "250", "--validation", "0.2", "--epochs", "3", "--batch-size", "4",
+            "--prompt-template", "tiny", "--max-tokens", "250", "--validation", "0.2", "--epochs", "3", "--batch-size", "4",
             "--learning-rate", "1e-2", "--device", "cpu", *more]
 
 
@@ -166,7 +166,7 @@ def test_lora_writes_the_merged_model_and_the_adapter(tmp_path, model_dir):
 
 @pytest.mark.parametrize("flags, says", [
     (["--data", "nowhere.json"], "nowhere.json: no such data file"),
-    (["--template", "none"], "template 'none'"),
+    (["--prompt-template", "none"], "template 'none'"),
     (["--max-tokens", "3"], "--max-tokens 3.*no sequence left"),
     (["--model", "nowhere"], "nowhere: no such tokenizer"),
 ])

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_tasks, write_tokenizer
 from safetensors.torch import load_file
 
 import evaluate
 import ppo
 import train
 from data import load_tokenizer
+from lora import add_lora, load_lora, lora_layers, save_lora
 from model import Llama
 from ppo import PPOConfig
 from train import RunConfig
@@ -32,7 +33,7 @@ def settings(world: Path, out: Path, **changes) -> dict:
     data = {"data": str(world / "data" / "ppo.json"), "evaluation": str(world / "data" / "evaluation.json")}
     sizes = dict(steps=STEPS, save_every=1, rollout_batch_size=8, step_batch_size=4, micro_batch_size=2,
                  rollout_micro_batch_size=4, response_length=8, learning_rate=0.01, warmup_steps=1)
-    places = dict(policy=str(world / "sft"), reward=str(world / "reward"), out=str(out), template="tiny",
+    places = dict(policy=str(world / "sft"), reward=str(world / "reward"), out=str(out), prompt_template="tiny",
                   policy_device="cpu", reference_device="cpu")
     return data | sizes | places | changes
 
@@ -314,7 +315,7 @@ def test_the_reward_model_and_the_reference_never_move(world, tmp_path, monkeypa
     mask = torch.ones_like(ids)
     with torch.no_grad():
         assert torch.equal(models.reference_logits(ids, mask, 9), fresh.reference_logits(ids, mask, 9))
-        assert torch.equal(models.reward(ids, mask), fresh.reward(ids, mask))
+        assert torch.equal(models.reward(ids, mask, 4), fresh.reward(ids, mask, 4))
         assert not torch.equal(models.policy_logits(ids, mask, 9), fresh.policy_logits(ids, mask, 9))
         assert not torch.equal(models.value(ids, mask), fresh.value(ids, mask))
 
@@ -384,6 +385,119 @@ def test_the_self_check_stops_a_run_whose_reference_is_not_its_policy(world, tmp
     assert not train.checkpoints(tmp_path / "run")
 
 
+# --- what a run starts from ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(world, tmp_path_factory) -> Path:
+    """An adapter as supervised fine-tuning leaves it: rank 4, alpha 12, on attention and MLP, B not zero."""
+    torch.manual_seed(3)
+    model = add_lora(Llama.from_pretrained(world / "sft"), rank=4, alpha=12, dropout=0.3, targets=("q_proj", "down_proj"))
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.2)
+    folder = tmp_path_factory.mktemp("adapter") / "sft"
+    save_lora(model, folder)
+    return folder
+
+
+def test_a_policy_that_starts_from_an_adapter_keeps_it_in_its_reference(world, adapter, tmp_path, monkeypatch):
+    """The classic silent error: with the bare base as reference, the KL would hold all that fine-tuning had learned."""
+    built, build_models = [], train.build_models
+    monkeypatch.setattr(train, "build_models", lambda *a, **k: built.append(build_models(*a, **k)) or built[-1])
+    printed = start(settings(world, tmp_path / "run", adapter=str(adapter), evaluation=None))
+    assert f"policy: starts from the adapter {adapter} (rank 4, alpha 12, 4 layers); its reference keeps that adapter" in printed
+    started = load_start(world, adapter)
+    ids = torch.randint(3, 600, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        reference, policy = (f(ids, mask, 9) for f in (built[0].reference_logits, built[0].policy_logits))
+        torch.testing.assert_close(reference, started(ids), atol=1e-5, rtol=0)
+        assert (policy - reference).abs().max() > 1e-3
+        assert (Llama.from_pretrained(world / "sft")(ids) - reference).abs().max() > 0.1
+    assert abs(records(tmp_path / "run" / "metrics.jsonl")[0]["kl_k1"]) < 1e-5
+
+
+def load_start(world, adapter) -> Llama:
+    model = Llama.from_pretrained(world / "sft")
+    load_lora(model, adapter)
+    return model.eval()
+
+
+def test_a_started_policys_checkpoint_is_the_whole_way_from_the_base(world, adapter, tmp_path):
+    """PEFT puts it on the base model that the adapter names: it must not lack what the policy started from."""
+    run = settings(world, tmp_path / "run", adapter=str(adapter), evaluation=None)
+    start(run)
+    stored = json.loads((tmp_path / "run" / "step-0003" / "policy" / "adapter_config.json").read_text())
+    assert (stored["r"], stored["lora_alpha"], stored["lora_dropout"]) == (4, 12, 0.1)
+    models = train.build_models(train.build_config(run)[0], load_tokenizer(world / "sft"), say=lambda line: None)
+    train.load_weights(train.build_config(run)[0], models, tmp_path / "run" / "step-0003")
+    ids = torch.tensor([[1, 5, 9, 300]])
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    base = transformers.LlamaForCausalLM.from_pretrained(world / "sft")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "step-0003" / "policy").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, models.policy_logits(ids, torch.ones_like(ids), 4), atol=1e-4, rtol=0)
+
+
+def test_a_started_run_is_the_same_with_four_models_and_after_a_resume(world, adapter, tmp_path, monkeypatch):
+    start(settings(world, tmp_path / "two", adapter=str(adapter), evaluation=None))
+    cut = Path(shutil.copytree(tmp_path / "two", tmp_path / "cut"))
+    shutil.rmtree(cut / "step-0002"), shutil.rmtree(cut / "step-0003")
+    start({"out": str(cut)}, resume=True)
+    assert_same_run(cut, tmp_path / "two")
+    monkeypatch.setattr(train, "resolve_devices", lambda *asked: ("cpu", "cpu:0", "two devices"))
+    start(settings(world, tmp_path / "four", adapter=str(adapter), evaluation=None))
+    assert_same_run(tmp_path / "four", tmp_path / "two")
+
+
+def test_adapters_sit_where_lora_targets_says(world, tmp_path):
+    start(settings(world, tmp_path / "run", steps=1, evaluation=None, lora_targets="q_proj, up_proj,down_proj"))
+    stored = json.loads((tmp_path / "run" / "step-0001" / "policy" / "adapter_config.json").read_text())
+    assert sorted(stored["target_modules"]) == ["down_proj", "q_proj", "up_proj"]
+
+
+@pytest.fixture
+def rule(tmp_path) -> str:
+    """A reward for many words."""
+    (tmp_path / "rules.py").write_text("def words(prompts, responses):\n"
+                                       "    assert all('### Response:' in p for p in prompts)\n"
+                                       "    return [len(r.split()) / 10 for r in responses]\n")
+    return f"{tmp_path / 'rules.py'}:words"
+
+
+def test_a_plain_python_function_is_a_reward(world, rule, tmp_path):
+    printed = start(settings(world, tmp_path / "run", reward=rule))
+    assert f"reward: the rule {rule}, on decoded texts" in printed and "value: starts from the policy's weights" in printed
+    samples = records(tmp_path / "run" / "samples.jsonl")
+    assert all(s["score"] == pytest.approx(len(s["response"].split()) / 10, abs=1e-4) for s in samples)
+    evaluation = records(tmp_path / "run" / "evaluations.jsonl")[0]
+    words = [len(text.split()) / 10 for text in evaluation["responses"]]
+    assert evaluation["reward"] == pytest.approx(sum(words) / len(words), abs=1e-4)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_without_a_reward_model_the_value_model_starts_from_the_policys_weights(world, rule, tmp_path, tuning):
+    run, _ = train.build_config(settings(world, tmp_path, reward=rule, tuning=tuning))
+    models = train.build_models(run, load_tokenizer(world / "sft"), say=lambda line: None)
+    ours, theirs = (m.model.layers[0].mlp.up_proj.weight for m in (models.value.backbone, models.policy))
+    assert torch.equal(ours, theirs) and (ours.data_ptr() == theirs.data_ptr()) == (tuning == "lora")
+    if tuning == "lora":
+        pairs = zip(lora_layers(models.value.backbone).values(), lora_layers(models.policy).values(), strict=True)
+        assert all(a.lora_B is not b.lora_B and a.weight is b.weight for a, b in pairs)
+
+
+def test_a_reward_model_with_another_tokenizer_judges_the_text_and_lends_the_value_model_nothing(world, tmp_path):
+    """Its backbone would read the policy's ids as other words."""
+    other = Path(shutil.copytree(world / "reward", tmp_path / "other"))
+    (other / "tokenizer.model").unlink()
+    write_tokenizer(make_tasks(300, seed=5), tmp_path / "new" / "tokenizer.model")
+    shutil.copy(tmp_path / "new" / "tokenizer.model", other)
+    printed = start(settings(world, tmp_path / "run", reward=str(other), evaluation=None))
+    assert "reward: decodes and tokenises anew" in printed and "value: starts from the policy's weights" in printed
+
+
 # --- placement -----------------------------------------------------------------------------------------------------
 
 
@@ -450,12 +564,16 @@ def test_help_names_every_field_with_its_default_and_unit():
     ({"data": None}, "--data is missing"),
     ({"policy": "nowhere"}, "nowhere: no such tokenizer"),
     ({"reward": "nowhere"}, "nowhere"),
-    ({"template": "other"}, "template 'other'"),
+    ({"prompt_template": "other"}, "template 'other'"),
     ({"query_length": 3}, "max_tokens = 3: all 60 prompts are longer"),
     ({"steps": 0}, "steps is 0"),
     ({"lora_rank": 0}, "lora_rank is 0"),
     ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
     ({"temperature": 0.0}, "temperature is 0.0"),
+    ({"adapter": "nowhere"}, "nowhere: no adapter_config.json"),
+    ({"adapter": "x", "tuning": "full"}, "python lora.py merge"),
+    ({"lora_targets": "q_proj,gate"}, "'gate'"),
+    ({"reward": "nowhere.py:f"}, "nowhere.py: no such file"),
 ])
 def test_bad_input_is_exit_code_2_and_one_line_and_no_file(world, tmp_path, monkeypatch, capsys, changes, says):
     monkeypatch.chdir(tmp_path)
