@@ -126,7 +126,7 @@ def open_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Stored]]:
     config = parse_json(directory / "params.json", lambda params: meta_config(params, directory, shards))
     names = {"tok_embeddings.weight": ("model.embed_tokens.weight", 1), "norm.weight": ("model.norm.weight", None),
              "output.weight": ("lm_head.weight", 0)}
-    for i in range(config.num_hidden_layers):
+    for i in range(min(config.num_hidden_layers, len(shards[files[0]]))):
         names |= {f"layers.{i}.{meta}.weight": (f"model.layers.{i}.{hf}.weight", cut)
                   for hf, (meta, _, cut) in LAYER_NAMES.items()}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -142,7 +142,8 @@ def open_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Stored]]:
     for file, shard in shards.items():
         for name in sorted(names.keys() ^ shard.keys()):
             raise ValueError(f"{file}: {'missing' if name in names else 'unexpected'} tensor {name}")
-    return config, {hf: Stored(files[0], partial(read, name, hf, cut)) for name, (hf, cut) in names.items()}
+    return config, {hf: Stored(files[0], partial(read, name, hf, cut), copied=len(files) > 1 and cut is not None)
+                    for name, (hf, cut) in names.items()}
 
 
 def meta_config(params: dict[str, Any], directory: Path, shards: dict[Path, dict[str, Stored]]) -> LlamaConfig:
@@ -199,14 +200,14 @@ def open_gguf(file: Path) -> tuple[LlamaConfig, dict[str, Stored]]:
         raise ValueError(f"{file}: {'lacks ' if isinstance(error, KeyError) else ''}{error}") from error
     names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
              "output.weight": "lm_head.weight"}
-    for i in range(config.num_hidden_layers):
+    for i in range(min(config.num_hidden_layers, len(tensors))):
         names |= {f"blk.{i}.{gguf}.{kind}": f"model.layers.{i}.{hf}.{kind}"
                   for hf, (_, gguf, _) in LAYER_NAMES.items() for kind in ("weight", "bias")}
     for name in tensors.keys() - names.keys():
         raise ValueError(f"{file}: unexpected tensor {name}")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    return config, {names[name]: Stored(file, partial(read_gguf, file, tensor, heads.get(names[name].split(".")[-2])))
-                    for name, tensor in tensors.items()}
+    return config, {hf: Stored(file, partial(read_gguf, file, tensors[name], heads.get(hf.split(".")[-2])), copied=True)
+                    for name, hf in names.items() if name in tensors}
 
 
 def read_gguf(file: Path, tensor: Any, heads: int | None) -> Tensor:

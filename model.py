@@ -29,7 +29,6 @@ import os
 import pickle
 import re
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -161,6 +160,8 @@ class LlamaConfig:
             rope = dict(rope)
             kept["rope_theta"] = rope.pop("rope_theta", kept.get("rope_theta", cls.rope_theta))
             kept["rope_scaling"] = rope
+        if kept.get("pad_token_id") == -1:  # early conversions of LLaMA-7B say so where there is none
+            kept["pad_token_id"] = None
         return cls(**kept)
 
     def to_dict(self) -> dict[str, Any]:
@@ -586,10 +587,14 @@ def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None,
 
 
 class Stored(NamedTuple):
-    """A tensor on disk: the file that holds it, and a function that reads it to the CPU."""
+    """A tensor on disk: the file that holds it, and a function that reads it to the CPU.
+
+    copied: whether what it reads surely shares no memory with the file or another tensor.
+    """
 
     file: Path
     read: Callable[[], Tensor]
+    copied: bool = False
 
 
 def open_checkpoint(path: str | os.PathLike) -> tuple[LlamaConfig, dict[str, Stored]]:
@@ -634,7 +639,7 @@ class _NoInit(TorchFunctionMode):
     """Skips torch.nn.init. On the meta device it has nothing to fill, yet imports torch's compiler: a second, 80 MB."""
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.__module__ == "torch.nn.init":
+        if getattr(function, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
 
@@ -648,6 +653,8 @@ def without_memory(config: LlamaConfig) -> Llama:
 def match_names(path: str | os.PathLike, config: LlamaConfig,
                 stored: dict[str, Stored]) -> tuple[Llama, dict[str, Stored]]:
     """A model without memory, and the tensors that fill it; one that is missing or has no place raises ValueError."""
+    if len(stored) < config.num_hidden_layers:  # else a nonsensical number would be built for hours
+        raise ValueError(f"{path}: num_hidden_layers is {config.num_hidden_layers}, but there are {len(stored)} tensors")
     model = without_memory(config)
     expected = dict(model.named_parameters())  # a tied lm_head is in it once, as the embedding
     # Old files hold RoPE's frequencies, which are recomputed; tied models may hold the embedding twice.
@@ -680,8 +687,8 @@ def load_tensors(stored: dict[str, Stored], dtype: torch.dtype | None = None, de
         if name.endswith("model.norm.weight") and tensor.float().abs().mean() < 0.02:
             raise ValueError(_difference_message(file.parent))
         moved = tensor.to(device=device, dtype=dtype)
-        # In memory of its own: a view of the file would change when the file does.
-        moved = moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
+        if moved.data_ptr() == tensor.data_ptr() and not stored[name].copied:
+            moved = moved.clone()  # a view of the file would change when the file does
         del tensor  # or it would still be there while the next one is read
         yield file, name, moved
 
@@ -751,7 +758,9 @@ def _safetensors(file: Path) -> dict[str, Stored]:
 def bin_tensors(file: Path) -> dict[str, Stored]:
     """The tensors of a file that torch.save wrote. weights_only: a pickle that would run code is refused, not run."""
     # A file from before torch 1.6 is no zip archive and can only be read as a whole.
-    load = partial(torch.load, file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    with open(file, "rb") as opened:
+        zipped = opened.read(4) == b"PK\x03\x04"
+    load = partial(torch.load, file, map_location="cpu", weights_only=True, mmap=zipped)
     try:
         tensors = load()
     except pickle.UnpicklingError as error:
@@ -764,7 +773,7 @@ def bin_tensors(file: Path) -> dict[str, Stored]:
     if not (isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
             and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
         raise ValueError(f"{file}: holds something else than tensors by name")
-    if not load.keywords["mmap"]:
+    if not zipped:
         return {name: Stored(file, lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
     read = _renewing(load, {name: tensor.nbytes for name, tensor in tensors.items()})
     return {name: Stored(file, partial(read, name)) for name in tensors}
@@ -774,15 +783,15 @@ def _renewing(load: Callable[[], dict[str, Tensor]], sizes: dict[str, int]) -> C
     """A function that reads a tensor by name from the file that `load` maps.
 
     What was read through a mapping stays resident until it is closed: a new one takes its place before that comes to more
-    than the largest tensor, and none is left after the last tensor. A new one for each tensor would be quadratic, since
-    opening a file takes time for every tensor in it.
+    than the largest tensor or a twentieth of the file, and none is left after the last tensor. A new one for each tensor
+    would be quadratic, since opening a file takes time for every tensor in it.
     """
     mapped: dict[str, Tensor] = {}
-    unread, resident, largest = set(sizes), 0, max(sizes.values(), default=0)
+    unread, resident, limit = set(sizes), 0, max([*sizes.values(), sum(sizes.values()) // 20])
 
     def read(name: str) -> Tensor:
         nonlocal mapped, resident
-        if not mapped or resident + sizes[name] > largest:
+        if not mapped or resident + sizes[name] > limit:
             mapped, resident = {}, 0  # first, so that there are never two
             mapped = load()
         tensor = mapped[name]

@@ -185,7 +185,7 @@ def rule_scorer(rule: Callable[[list[str], list[str]], list[float]], tokenizer: 
 def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
           device: torch.device | str | None) -> RewardModel:
     from checkpoints import local_copy
-    from model import Llama, load_tensors, read_tensor, stored_tensors
+    from model import load_tensors, read_tensor, stored_tensors, without_memory
 
     directory = local_copy(directory)
 
@@ -200,8 +200,7 @@ def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
                          "model; `python reward.py` trains one")
     if len(head["weight"]) != 1:
         raise ValueError(f"{directory}: score.weight has {len(head['weight'])} rows; a reward model has num_labels = 1")
-    with torch.device("meta"):
-        backbone = Llama(_llama_config(description, tensors, directory))
+    backbone = without_memory(_llama_config(description, tensors, directory))
     _assign(backbone, tensors, directory)
     model = cls(backbone)
     stored = {"mean": -head.get("bias", torch.zeros(1)).item(), "std": 1.0}
@@ -468,8 +467,16 @@ def train_reward(model: RewardModel, groups: Sequence[Group], *, held_out: Seque
             model.train()
             history.append({"epoch": epoch, **_epoch(step, groups, batch_size, generator, bar)})
             history[-1]["held_out"] = accuracy(model, held_out, pad_token_id) if held_out else None
+            if progress:
+                tqdm.write(_epoch_line(history[-1]))
     model.train(was_training)
     return history
+
+
+def _epoch_line(row: dict) -> str:
+    held = row["held_out"]
+    shown = f"{held.value:.1%} ± {held.standard_error:.1%} of {held.n} pairs" if held else "no pairs"
+    return f"epoch {row['epoch']}: loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}; held out {shown}"
 
 
 def _epoch(step: Callable[[list[Group]], tuple[float, float, int]], groups: Sequence[Group], batch_size: int,
@@ -597,15 +604,11 @@ def run(args: argparse.Namespace) -> None:
     groups, held_out = load_groups(args, tokenizer)
     model = load_base(args)
     check_vocabulary(tokenizer, model.backbone.config.vocab_size, f"--base {args.base}")
-    history = train_reward(
+    train_reward(
         model, groups, held_out=held_out, epochs=args.epochs, batch_size=args.batch_size,
         micro_batch_size=args.micro_batch_size, learning_rate=args.learning_rate or LEARNING_RATES[args.tuning],
         warmup=args.warmup, weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm,
         pad_token_id=tokenizer.pad_token_id, seed=args.seed)
-    for row in history:
-        held = row["held_out"]
-        shown = f"{held.value:.1%} ± {held.standard_error:.1%} of {held.n} pairs" if held else "no pairs"
-        print(f"epoch {row['epoch']}: loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}; held out {shown}")
     # Outputs of preference data are samples of the SFT model; held-out ones weren't fitted, so their spread is honest.
     samples = [sequence for group in held_out or groups for sequence in group.sequences]
     mean, std = standardise(model, samples, tokenizer.pad_token_id)

@@ -22,10 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 from checkpoints import ShardWriter, convert, recover
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, bin_tensors
 from reward import RewardModel
-
-gguf = pytest.importorskip("gguf")
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -183,6 +181,7 @@ TOKENS = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(48)] + 
 
 def write_gguf(file, model, kind="F32", architecture="llama", experts=0, without=(), extra=()):
     """What llama.cpp's converter writes: matrices in `kind`, norms in float32, the tokenizer within."""
+    gguf = pytest.importorskip("gguf")
     config, tensors = model.config, model.state_dict()
     names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
     if not config.tie_word_embeddings:
@@ -395,6 +394,21 @@ def test_a_shape_too_large_for_any_memory_is_an_error_and_not_a_crash(bare):
     refusal(loading(folder), f"pytorch_model.bin: tensor {UP} has shape (10000000, 10000000)")
 
 
+def test_a_bin_file_is_mapped_a_few_times_and_let_go_of(tmp_path, monkeypatch):
+    # Once for each tensor would take minutes for a 7B model, and once for all would keep the whole file in memory.
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({f"tensor {i}": torch.full((8, 8), float(i)) for i in range(200)}, file)
+    loads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **settings: loads.append(settings) or load(*args, **settings))
+    stored = bin_tensors(file)
+    for i in range(200):
+        assert stored[f"tensor {i}"].read().tolist() == [[float(i)] * 8] * 8
+    assert 10 < len(loads) < 30
+    assert all(settings["mmap"] and settings["weights_only"] for settings in loads)
+    maps = Path("/proc/self/maps")
+    assert not maps.is_file() or str(file) not in maps.read_text()
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_weights_stay_when_their_file_changes(name, bare):
     theirs, folder = bare
@@ -409,6 +423,16 @@ def test_weights_stay_when_their_file_changes(name, bare):
 
 
 # --------------------------------------------------------------------------------------------- what isn't a language model
+
+
+def test_a_nonsensical_number_of_layers_is_refused_at_once(bare, tmp_path):
+    theirs, folder = bare
+    theirs.config.num_hidden_layers = 10**9
+    theirs.config.save_pretrained(folder)
+    write_bins(folder, theirs.state_dict())
+    refusal(loading(folder), f"{folder}: num_hidden_layers is 1000000000, but there are 21 tensors")
+    theirs.config.num_hidden_layers = 2
+    refusal(loading(write_meta(tmp_path / "meta", theirs, n_layers=10**9)), "consolidated.00.pth: missing tensor layers.10")
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "gpt2"])
@@ -745,6 +769,7 @@ LOAD = """
 import sys, torch, checkpoints
 from model import Llama
 torch.save(Llama.from_pretrained("org/tiny").state_dict(), sys.argv[1])
+assert "torch._dynamo" not in sys.modules, "loading imports torch's compiler: a second and 80 MB"
 for name in ("org/none", "org/none@v2"):
     print(checkpoints.main(["convert", "--model", name, "--out", sys.argv[2]]))
 """

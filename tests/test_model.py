@@ -364,6 +364,10 @@ def test_config_json_of_transformers_4_and_5_are_read_alike():
     assert LlamaConfig.from_dict(LlamaConfig.llama3_8b().to_dict()) == LlamaConfig.llama3_8b()
 
 
+def test_a_pad_id_of_minus_1_means_none():
+    assert LlamaConfig.from_dict({"model_type": "llama", "pad_token_id": -1}).pad_token_id is None
+
+
 def test_presets_have_the_published_parameter_counts():
     published = {"llama_7b": 6738415616, "llama_13b": 13015864320, "tinyllama_1b": 1100048384,
                  "smollm2_135m": 134515008, "llama3_8b": 8030261248}
