@@ -430,6 +430,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         program.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="on disk (default: as stored)")
     args = parser.parse_args(argv)
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    print(f"reading {args.model if args.program == 'convert' else args.diff}", flush=True)
     try:
         if args.program == "convert":
             convert(args.model, args.out, dtype, progress=True)
