@@ -323,6 +323,8 @@ def convert(model: str | os.PathLike, out: str | os.PathLike, dtype: torch.dtype
     source = local_copy(model)
     like, stored = match_names(source, *open_checkpoint(source))
     with new_folder(Path(out)) as part:
+        if progress:
+            print(f"{len(stored)} tensors, {like.config.num_hidden_layers} layers", flush=True)
         writer = ShardWriter(part)
         for _, name, tensor in load_tensors(stored, dtype, progress=progress, like=like):
             writer.add(name, tensor)
@@ -430,7 +432,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         program.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="on disk (default: as stored)")
     args = parser.parse_args(argv)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    print(f"reading {args.model if args.program == 'convert' else args.diff}", flush=True)
     try:
         if args.program == "convert":
             convert(args.model, args.out, dtype, progress=True)
