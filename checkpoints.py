@@ -302,18 +302,14 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-                   "added_tokens.json", "merges.txt", "chat_template.jinja", "generation_config.json")
-
-
 def copy_tokenizer(source: Path, directory: Path) -> None:
     """The tokenizer's files; out of a GGUF file they are made."""
-    for name in TOKENIZER_FILES:
+    from data import TOKENIZER_FILES, load_tokenizer
+
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
     if not (source / "config.json").is_file() and gguf_file(source):
-        from data import load_tokenizer
-
         load_tokenizer(source).save(directory)
 
 

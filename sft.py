@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data import check_vocabulary, describe_tokenizer, encode_pair, load_instructions, load_tokenizer
 from lora import add_lora, merge_lora, save_lora
 from model import Llama
-from reward import length_batches, warmup_cosine
+from reward import check_out, length_batches, warmup_cosine
 
 LEARNING_RATES = {"full": 2e-5, "lora": 1e-4}  # --tuning
 
@@ -209,12 +209,6 @@ def load_model(args: argparse.Namespace) -> Llama:
     if args.tuning == "lora":
         add_lora(model, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
     return model
-
-
-def check_out(out: str) -> None:
-    """Before any work: what is in the folder would be lost, or mixed with the new model."""
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise ValueError(f"--out {out}: already holds files; name a new folder")
 
 
 def save(model: Llama, args: argparse.Namespace, tokenizer) -> None:
