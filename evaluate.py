@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import left_pad, load_instructions, load_tokenizer, right_pad, tokenize_prompts
 from divergences import true_kl
 from lora import load_lora, lora_disabled
-from model import Llama, generate
+from model import Llama, generate, keep_freed_memory
 
 # ------------------------------------------------------------------------------------------------------ statistics
 
@@ -137,7 +137,7 @@ def join(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], p
 @torch.no_grad()
 def measure_true_kl(policy: Callable, reference: Callable, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]],
                     *, pad_token_id: int, temperature: float, policy_device, reference_device, max_tokens: int = 28_000,
-                    batch_size: int = 64) -> tuple[float, float]:
+                    batch_size: int = 16) -> tuple[float, float]:
     """(true KL(π‖π_ref) per token in nats, standard error) over up to max_tokens tokens of the policy's own responses.
 
     policy and reference: (input_ids, attention_mask, keep) → logits (B, keep, V), as in ppo.py.
@@ -161,10 +161,13 @@ def kl_of_batch(policy, reference, prompts, responses, pad_token_id: int, temper
     """(sum of the true KL over each response (B,), the responses' lengths)."""
     sequence, attention, T = join(prompts, responses, pad_token_id)
     real = attention[:, -T:]
-    logits = policy(sequence.to(policy_device), attention.to(policy_device), T + 1)[:, :-1].float()
-    ref_logits = reference(sequence.to(reference_device), attention.to(reference_device), T + 1)[:, :-1].float()
-    kl = true_kl(logits / temperature, ref_logits.to(policy_device) / temperature).cpu()
-    return (kl * real).sum(1), real.sum(1).tolist()
+    sequence, attention = sequence[:, :-1], attention[:, :-1]  # the last token decides nothing
+    logits = policy(sequence.to(policy_device), attention.to(policy_device), T).flatten(0, 1)  # (B · T, V)
+    ref_logits = reference(sequence.to(reference_device), attention.to(reference_device), T).flatten(0, 1)
+    chunk = max(1, 2**20 // logits.shape[1])  # never the whole of the largest tensors there are in float32
+    kl = torch.cat([true_kl(p.float() / temperature, q.to(policy_device).float() / temperature)
+                    for p, q in zip(logits.split(chunk), ref_logits.split(chunk), strict=True)]).cpu()
+    return (kl.view(real.shape) * real).sum(1), real.sum(1).tolist()
 
 
 @torch.no_grad()
@@ -412,6 +415,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, help="of the sampling, for an adapter folder (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling, for an adapter folder (default: 0)")
     args = parser.parse_args()
+    keep_freed_memory()
     try:
         if (args.folder / "adapter_config.json").is_file():
             results = evaluate_adapter(args.folder, args)

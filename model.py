@@ -23,6 +23,7 @@ L layers, H query heads, Hkv key and value heads, Dh size of a head, N rows of t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -283,7 +284,7 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension (Zhang and Sennrich 2019); the mean of squares is float32."""
+    """x / rms(x) · weight over the last dimension (Zhang and Sennrich 2019), computed in float32 whatever x is."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -291,9 +292,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -318,16 +317,24 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2)
         if extend is not None:
             k, v = extend(k, v)
-        group = q.shape[1] // k.shape[1]
         if S == 1:
             # One query a head: the heads of a group stand as that many queries, and the cache isn't repeated for them.
-            q = q.reshape(B, k.shape[1], group, self.head_dim)
-        elif group > 1:
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and S > 1)
-        if S == 1:
-            return self.o_proj(out.reshape(B, 1, -1))
-        return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+            q = q.reshape(B, k.shape[1], -1, self.head_dim)
+            return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).reshape(B, 1, -1))
+        return self.o_proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, S, -1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / sqrt(Dh) + bias) v: (B, H, S, Dh), (B, Hkv, S, Dh) twice → (B, H, S, Dh). bias None: causal."""
+    dtype, group = q.dtype, q.shape[1] // k.shape[1]
+    if q.device.type == "cpu":
+        if dtype == torch.bfloat16 and torch.is_grad_enabled():  # torch's backward pass is several times slower in bf16
+            q, k, v, bias = q.float(), k.float(), v.float(), bias if bias is None else bias.float()
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=group > 1)
+        return out.to(dtype)
+    # A GPU's fast kernels take either a mask or shared heads, not both.
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
 
 
 class MLP(nn.Module):
@@ -396,7 +403,8 @@ class Llama(nn.Module):
         """
         x = self.hidden(input_ids, attention_mask)
         if logits_to_keep:
-            x = x.narrow(1, x.shape[1] - logits_to_keep, logits_to_keep)
+            # A copy, since of a view torch makes a batch of matrix products, ten times slower on a CPU.
+            x = torch.narrow_copy(x, 1, x.shape[1] - logits_to_keep, logits_to_keep)
         return self.lm_head(x)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -481,6 +489,20 @@ class ValueModel(nn.Module):
         return self.head(self.backbone.hidden(input_ids, attention_mask).float()).squeeze(-1)
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, for the next tensor; for programs to call once, before they start.
+
+    glibc gives large blocks back to the system and asks for them anew, which hands them out page by page and zeroed: a
+    fifth of the time of a forward pass on a CPU. The peak stays what it was. Does nothing where there is no glibc.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor given back from the end of the heap
+
+
 # ----------------------------------------------------------------------------------------------------------- sampling
 
 
@@ -537,7 +559,8 @@ def _check_generate(input_ids: Tensor, attention_mask: Tensor, max_new_tokens: i
 def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int,
              temperature: float = 1.0, top_p: float = 1.0, eos_token_id: int | Sequence[int] | None = None,
              pad_token_id: int | None = None, generator: torch.Generator | None = None,
-             progress: Callable[[int], None] | None = None) -> Tensor:
+             progress: Callable[[int], None] | None = None,
+             return_logprobs: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Sample a response to each left-padded prompt: (B, P) → (B, T), T the longest response, at most max_new_tokens.
 
     A response runs through its first EOS and holds pad_token_id after it. eos_token_id None means config.json's, an
@@ -545,12 +568,17 @@ def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None,
     One uniform a row and token is drawn from `generator` before the first token, max_new_tokens · B in all: equal
     states give equal samples, and what one row draws doesn't depend on when another ends.
     The model is in eval mode inside (no dropout) and gets its own modes back. `progress` is called with the number of
-    unfinished rows at each token. Raises ValueError for bad arguments and for logits that are NaN or infinite.
+    unfinished rows at each token. With return_logprobs the result is (responses, logprobs (B, T)): the log-probability
+    of each token under softmax(logits / temperature), float32, 0 after the EOS. Raises ValueError for bad arguments
+    and for logits that are NaN or infinite.
     With lora.py, merge_lora before and unmerge_lora after a long generation saves its per-token cost.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     _check_generate(input_ids, attention_mask, max_new_tokens, temperature, top_p)
+    if return_logprobs and (temperature == 0 or top_p < 1):
+        raise ValueError(f"return_logprobs with temperature {temperature} and top_p {top_p}: the tokens are not drawn from "
+                         "softmax(logits / temperature)")
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
     eos = [eos] if isinstance(eos, int) else list(eos or ())
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
@@ -563,6 +591,7 @@ def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None,
     uniforms = torch.rand(max_new_tokens, B, generator=generator, device=generator.device if generator else device)
     uniforms = uniforms.to(device)
     stops = torch.tensor(eos, dtype=torch.long, device=device)
+    logprobs = torch.zeros(responses.shape, device=device)
     cache = KVCache(model.config, B, P + max_new_tokens, model.lm_head.weight.dtype, device)
     with _eval_mode(model):
         state = model.hidden(input_ids, mask[:, :P], cache)[:, -1]
@@ -572,6 +601,9 @@ def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None,
                 raise ValueError(f"the model's logits at response token {t} are NaN or infinite: it can't be sampled")
             token = sample_tokens(logits, uniforms[t, rows], temperature, top_p)
             responses[rows, t] = token
+            if return_logprobs:
+                scaled = logits / temperature
+                logprobs[rows, t] = scaled.gather(1, token[:, None])[:, 0] - scaled.logsumexp(-1)
             finished = torch.isin(token, stops)
             if bool(finished.any()):
                 order = cache.drop(finished)
@@ -579,7 +611,7 @@ def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None,
             if progress is not None:
                 progress(cache.rows)
             if not cache.rows or t + 1 == max_new_tokens:
-                return responses[:, : t + 1]
+                return (responses[:, : t + 1], logprobs[:, : t + 1]) if return_logprobs else responses[:, : t + 1]
             state = model.hidden(token[:, None], mask[:, : P + t + 1], cache)[:, -1]
 
 

@@ -8,7 +8,9 @@ A model is any callable that takes tensors on its own device (attention_mask is 
     policy(input_ids, attention_mask, keep) -> logits (B, keep, V) of the last `keep` positions; `reference` is alike
     value(input_ids, attention_mask) -> (B, S)
     reward(input_ids, attention_mask, n) -> (B,); the last n positions are the response's, should it want to know
-    generate(prompts, prompt_mask) -> responses (B, up to T), sampled from the policy at config.temperature
+    generate(prompts, prompt_mask) -> responses (B, up to T), sampled from the policy at config.temperature, or
+        (responses, logprobs): do so where the sampler's are as exact as the update's (float32 throughout). It saves one
+        forward pass in four; a bf16 KV cache, or adapters rounded for sampling, would start the ratio off 1
 
 so a Hugging Face model needs one line, `lambda ids, mask, keep: hf(ids, mask, logits_to_keep=keep).logits`. Dropout is
 the caller's: put the models in eval mode for `collect` and in train mode for `update`. So is the learning rate: set it
@@ -153,19 +155,19 @@ def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 # Rollout (section 3.1): sample, then let all four models read what was sampled
 
 
-def sample(generate: Callable, prompts: Tensor, prompt_mask: Tensor, eos_token_id: int, pad_token_id: int,
-           chunk_size: int, progress: Progress) -> tuple[Tensor, Tensor]:
-    """Responses (B, T) and their mask, generated chunk_size rows at a time, without the padding that a chunk shares."""
-    chunks = []
-    for rows in torch.arange(len(prompts), device=prompts.device).split(chunk_size):
-        start = first_column(prompt_mask[rows])
-        responses = generate(prompts[rows, start:], prompt_mask[rows, start:])
-        mask = response_mask(responses, eos_token_id)
-        chunks.append((responses.masked_fill(~mask, pad_token_id), mask))  # whatever was sampled behind EOS is gone
-        progress("generate", len(rows))
-    width = max(responses.shape[1] for responses, _ in chunks)  # a chunk may end early, when all its rows have
-    return (torch.cat([F.pad(ids, (0, width - ids.shape[1]), value=pad_token_id) for ids, _ in chunks]),
-            torch.cat([F.pad(mask, (0, width - mask.shape[1]), value=False) for _, mask in chunks]))
+def sample(generate: Callable, prompts: Tensor, prompt_mask: Tensor, eos_token_id: int) -> dict[str, Tensor]:
+    """One chunk of the rollout: responses and mask, and logprobs where generate returns (responses, logprobs)."""
+    sampled = generate(prompts, prompt_mask)
+    responses, *logprobs = sampled if isinstance(sampled, tuple) else (sampled,)
+    chunk = {"responses": responses, "mask": response_mask(responses, eos_token_id)}
+    return chunk | ({"logprobs": logprobs[0].float()} if logprobs else {})
+
+
+def stack(chunks: list[dict[str, Tensor]], width: int = 0) -> dict[str, Tensor]:
+    """The chunks as one, padded on the right with zeros to the widest or to width: a chunk ends early, as its rows do."""
+    width = max([width, *(x.shape[1] for chunk in chunks for x in chunk.values() if x.ndim == 2)])
+    return {name: torch.cat([F.pad(chunk[name], (0, width - chunk[name].shape[1])) if chunk[name].ndim == 2 else chunk[name]
+                             for chunk in chunks]) for name in chunks[0]}
 
 
 def response_mask(responses: Tensor, eos_token_id: int) -> Tensor:
@@ -179,22 +181,52 @@ def response_mask(responses: Tensor, eos_token_id: int) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Log-probability of each token under softmax(logits / temperature): (B, T, V), (B, T) → (B, T), float32."""
-    return pick(log_distribution(logits, temperature), tokens)
+    """Log-probability of each token under softmax(logits / temperature): (B, T, V), (B, T) → (B, T), float32.
 
-
-def log_distribution(logits: Tensor, temperature: float) -> Tensor:
-    """(B, T, V) → (B, T, V), float32, at the temperature of sampling, in rollout and update alike.
-
-    Without the division, the ratio of Eq. 2 would compare two distributions from neither of which anything was sampled.
-    (Hence no top-p or top-k either: this could not follow them.)
+    The temperature is that of sampling, in rollout and update alike: otherwise the ratio of Eq. 2 would compare two
+    distributions from neither of which anything was sampled. (Hence no top-p or top-k either: this could not follow.)
     """
-    return (logits.float() / temperature).log_softmax(-1)
+    return TokenLogprobs.apply(logits, tokens, temperature)[0]
 
 
-def pick(log_pi: Tensor, tokens: Tensor) -> Tensor:
-    """The entries of the sampled tokens: (B, T, V), (B, T) → (B, T)."""
-    return log_pi.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+class TokenLogprobs(torch.autograd.Function):
+    """(logits (B, T, V), tokens (B, T), temperature) → (logprobs, entropy), both (B, T), float32, entropy in nats.
+
+    In plain torch: log_pi = (logits.float() / temperature).log_softmax(-1), of which gather(-1, tokens) and
+    −(exp(log_pi) · log_pi).sum(-1) are the results. That makes half a dozen float32 tensors of the largest size there is
+    and keeps some for the backward pass; here it goes a few rows at a time, through the processor's cache, and keeps one
+    number a row. Entropy is watched and not trained: no gradient comes from it.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        rows, tokens = logits.flatten(0, 1), tokens.flatten().unsqueeze(1)
+        chunk = max(1, (2**19 if logits.device.type == "cpu" else 2**27) // rows.shape[1])
+        found = []
+        for x, token in zip(rows.split(chunk), tokens.split(chunk), strict=True):
+            x = x.float() / temperature
+            log_sum = x.logsumexp(-1, keepdim=True)
+            log_pi = x - log_sum
+            entropy = -log_pi.exp().mul_(log_pi).sum(-1)
+            found.append((log_pi.gather(-1, token).squeeze(1), entropy, log_sum))
+        logprobs, entropy, log_sums = (torch.cat(parts) for parts in zip(*found, strict=True))
+        logprobs, entropy = logprobs.view(logits.shape[:2]), entropy.view(logits.shape[:2])
+        ctx.save_for_backward(logits, tokens, log_sums)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, None, None]:
+        """d logprob / d logits = (one-hot of the token − π) / temperature."""
+        logits, tokens, log_sums = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        parts = (x.split(ctx.chunk) for x in (logits.flatten(0, 1), tokens, log_sums, (grad / ctx.temperature).reshape(-1, 1),
+                                              result.flatten(0, 1)))
+        for x, token, log_sum, g, out in zip(*parts, strict=True):
+            pi = (x.float() / ctx.temperature).sub_(log_sum).exp_()
+            out.copy_(pi.mul_(-g).scatter_add_(-1, token, g))
+        return result, None, None
 
 
 def join(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,13 +235,16 @@ def join(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor) 
 
 
 def response_logits(model: Callable, sequence: Tensor, attention: Tensor, n: int) -> Tensor:
-    """The logits (B, n, V) from which the last n tokens were drawn: those one position before each."""
-    return model(sequence, attention, n + 1)[:, :-1]
+    """The logits (B, n, V) from which the last n tokens were drawn: those one position before each.
+
+    The last token decides none of them and is left away, so that the model makes no logits that nobody looks at.
+    """
+    return model(sequence[:, :-1], attention[:, :-1], n)
 
 
 def response_values(value: Callable, sequence: Tensor, attention: Tensor, n: int) -> Tensor:
     """Values (B, n), float32, one position before each of the last n tokens: what to expect as the token is chosen."""
-    return value(sequence, attention)[:, -n - 1:-1].float()
+    return value(sequence[:, :-1], attention[:, :-1])[:, -n:].float()
 
 
 @torch.no_grad()
@@ -219,20 +254,31 @@ def score(policy: Callable, value: Callable, reference: Callable, reward: Callab
     """What the four models say of given responses: logprobs, ref_logprobs, values (B, T) and scores (B,).
 
     Policy and value read the sequences on policy_device, reference and reward on reference_device; every result ends on
-    policy_device. The old log-probabilities are computed here, by the forward pass that the update uses, not taken from
-    the sampler, whose KV cache rounds differently: otherwise the ratio would not start at 1.
+    policy_device. The old log-probabilities come from the forward pass that the update uses.
     """
-    sequence, attention = join(prompts, prompt_mask, responses, mask)
-    here = sequence.to(policy_device), attention.to(policy_device)
-    there = sequence.to(reference_device), attention.to(reference_device)
-    n = responses.shape[1]
-    ref_logprobs = token_logprobs(response_logits(reference, *there, n), there[0][:, -n:], temperature)
-    return {
-        "logprobs": token_logprobs(response_logits(policy, *here, n), here[0][:, -n:], temperature),
-        "ref_logprobs": ref_logprobs.to(policy_device),
-        "values": response_values(value, *here, n),
-        "scores": reward(*there, n).float().to(policy_device),
-    }
+    texts = join(prompts, prompt_mask, responses, mask)
+    said = score_trained(policy, value, *texts, responses.shape[1], temperature, policy_device)
+    frozen = score_frozen(reference, reward, *texts, responses.shape[1], temperature, reference_device)
+    return said | {name: x.to(policy_device) for name, x in frozen.items()}
+
+
+def score_trained(policy: Callable | None, value: Callable, sequence: Tensor, attention: Tensor, n: int,
+                  temperature: float, device) -> dict[str, Tensor]:
+    """logprobs and values (B, n) of the last n tokens; policy None: their log-probabilities are known already."""
+    sequence, attention = sequence.to(device), attention.to(device)
+    said = {"values": response_values(value, sequence, attention, n)}
+    if policy is not None:
+        said["logprobs"] = token_logprobs(response_logits(policy, sequence, attention, n), sequence[:, -n:], temperature)
+    return said
+
+
+def score_frozen(reference: Callable, reward: Callable, sequence: Tensor, attention: Tensor, n: int, temperature: float,
+                 device) -> dict[str, Tensor]:
+    """ref_logprobs (B, n) of the last n tokens and scores (B,), on the reference's device."""
+    sequence, attention = sequence.to(device), attention.to(device)
+    logits = response_logits(reference, sequence, attention, n)
+    return {"ref_logprobs": token_logprobs(logits, sequence[:, -n:], temperature),
+            "scores": reward(sequence, attention, n).float()}
 
 
 def shape_rewards(scores: Tensor, penalties: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -280,21 +326,44 @@ def collect(policy: Callable, value: Callable, reference: Callable, reward: Call
 
     penalty(logprobs, ref_logprobs) → (B, T) is the divergence estimator; beta, its coefficient, is config.beta unless
     given (an adaptive one changes from step to step). The module docstring tells the form of the five callables.
+    The old log-probabilities are the sampler's where it returns them, else those of the forward pass that the update
+    uses; self_check holds either against the update's.
     """
     prompts, prompt_mask = prompts.to(policy_device), prompt_mask.to(policy_device)
-    chunk_size = config.rollout_micro_batch_size
-    responses, mask = sample(generate, prompts, prompt_mask, eos_token_id, pad_token_id, chunk_size, progress)
-    scored = []
+    temperature, chunk_size = config.temperature, config.rollout_micro_batch_size
+    two_devices = torch.device(policy_device) != torch.device(reference_device)
+
+    def texts(rows: Tensor, responses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, int]:
+        start = first_column(prompt_mask[rows])  # without the padding that the rows share
+        return *join(prompts[rows, start:], prompt_mask[rows, start:], responses, mask), responses.shape[1]
+
+    sampled, frozen = [], []
+    for rows in torch.arange(len(prompts), device=prompts.device).split(chunk_size):
+        start = first_column(prompt_mask[rows])
+        chunk = sample(generate, prompts[rows, start:], prompt_mask[rows, start:], eos_token_id)
+        sampled.append(chunk)
+        if two_devices:  # queued: the second device works on it while the first samples the next chunk
+            read = texts(rows, chunk["responses"].masked_fill(~chunk["mask"], pad_token_id), chunk["mask"])
+            frozen.append(score_frozen(reference, reward, *read, temperature, reference_device))
+        progress("generate", len(rows))
+    said = stack(sampled)
+    mask = said.pop("mask")
+    responses = said.pop("responses").masked_fill(~mask, pad_token_id)  # whatever was sampled behind EOS is gone
+
+    trained = []
     order = mask.sum(1).argsort(stable=True)  # responses of like length together: little padding to compute
     for rows in order.split(chunk_size):
-        start, stop = first_column(prompt_mask[rows]), longest(mask[rows])
-        chunk = score(policy, value, reference, reward, prompts[rows, start:], prompt_mask[rows, start:],
-                      responses[rows, :stop], mask[rows, :stop], temperature=config.temperature,
-                      policy_device=policy_device, reference_device=reference_device)
-        scored.append({k: x if k == "scores" else F.pad(x, (0, mask.shape[1] - stop)) for k, x in chunk.items()})
+        stop = longest(mask[rows])
+        read = texts(rows, responses[rows, :stop], mask[rows, :stop])
+        chunk = score_trained(None if "logprobs" in said else policy, value, *read, temperature, policy_device)
+        if not two_devices:
+            chunk |= score_frozen(reference, reward, *read, temperature, reference_device)
+        trained.append(chunk)
         progress("score", len(rows))
-    unsort = order.argsort()
-    said = {name: torch.cat([chunk[name] for chunk in scored])[unsort] for name in scored[0]}
+    unsort, width = order.argsort(), mask.shape[1]
+    said |= {name: x[unsort] for name, x in stack(trained, width).items()}
+    if two_devices:
+        said |= {name: x.to(policy_device) for name, x in stack(frozen, width).items()}
     scores = said.pop("scores")
     said = {name: real(x, mask) for name, x in said.items()}
 
@@ -386,21 +455,16 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     return loss, {"value_loss": loss.detach(), "value_clip_fraction": masked_mean(clipped > unclipped, mask)}
 
 
-@torch.no_grad()
-def entropy(log_pi: Tensor) -> Tensor:
-    """Entropy in nats of the next token's distribution: (B, T, V) → (B, T). Watched, not trained: hence no gradient."""
-    return -(log_pi.exp() * log_pi).sum(-1)
-
-
 def micro_batch_loss(policy: Callable, value: Callable, batch: Rollout, config: PPOConfig) -> tuple[Tensor, Stats]:
     """The whole objective on one micro-batch: policy loss + vf_coef · value loss, each a mean over its real tokens."""
     sequence, attention = join(batch.prompts, batch.prompt_mask, batch.responses, batch.mask)
     n = batch.responses.shape[1]
-    log_pi = log_distribution(response_logits(policy, sequence, attention, n), config.temperature)
-    logprobs, values = pick(log_pi, batch.responses), response_values(value, sequence, attention, n)
+    logits = response_logits(policy, sequence, attention, n)
+    logprobs, entropy = TokenLogprobs.apply(logits, batch.responses, config.temperature)
+    values = response_values(value, sequence, attention, n)
     actor, actor_stats = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.cliprange)
     critic, critic_stats = value_loss(values, batch.values, batch.returns, batch.mask, config.cliprange_value)
-    stats = {**actor_stats, **critic_stats, "entropy": masked_mean(entropy(log_pi), batch.mask)}
+    stats = {**actor_stats, **critic_stats, "entropy": masked_mean(entropy, batch.mask)}
     return actor + config.vf_coef * critic, stats
 
 

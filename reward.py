@@ -619,6 +619,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for bad input."""
+    from model import keep_freed_memory
+
+    keep_freed_memory()
     try:
         run(parse_args(argv))
     except (ValueError, FileNotFoundError) as error:

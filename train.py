@@ -39,9 +39,9 @@ from data import (PromptStream, check_vocabulary, describe_tokenizer, left_pad, 
                   tokenize_prompts)
 from divergences import ESTIMATORS, get_estimator
 from checkpoints import local_copy
-from lora import (add_lora, load_lora, lora_disabled, lora_layers, lora_snapshot, lora_weights, merge_lora, save_lora,
+from lora import (add_lora, load_lora, lora_cast, lora_disabled, lora_layers, lora_snapshot, lora_weights, merge_lora, save_lora,
                   unmerge_lora)
-from model import Llama, ValueModel, generate, write_atomically
+from model import Llama, ValueModel, generate, keep_freed_memory, write_atomically
 from ppo import PPOConfig
 from reward import Reward, RewardModel, is_rule, load_rule, rule_scorer, same_ids, scorer
 
@@ -466,22 +466,31 @@ class PhaseBars:
 @contextmanager
 def folded(policy: Llama) -> Iterator[None]:
     """For sampling: in float32 the adapter is folded into the weights, which saves its cost at every token; in bf16 the fold
-    would round small updates away, so there it stays apart."""
-    if policy.lm_head.weight.dtype == torch.float32:
-        merge_lora(policy)
+    would round small updates away, so there it stays apart and is rounded by itself."""
+    if not exact_sampler(policy):
+        with lora_cast(policy):
+            yield
+        return
+    merge_lora(policy)
     try:
         yield
     finally:
         unmerge_lora(policy)
 
 
-def make_generate(models: Models, config: PPOConfig, tokenizer, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
+def exact_sampler(policy: Llama) -> bool:
+    """Whether sampling computes log-probabilities as precisely as the update does: KV cache and folded adapter in float32."""
+    return policy.lm_head.weight.dtype == torch.float32
+
+
+def make_generate(models: Models, config: PPOConfig, tokenizer, generator: torch.Generator) -> Callable:
     """The rollout's sampler, as ppo.collect calls it."""
 
     def sample(prompts: Tensor, prompt_mask: Tensor) -> Tensor:
         with folded(models.policy):
             return generate(models.policy, prompts, prompt_mask, config.response_length, temperature=config.temperature,
-                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, generator=generator)
+                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, generator=generator,
+                            return_logprobs=exact_sampler(models.policy))
 
     return sample
 
@@ -490,11 +499,9 @@ def true_kl_of(models: Models, rollout: ppo.Rollout, config: PPOConfig, tokenize
     """True KL per token over the vocabulary, on the first `rows` responses of the rollout."""
     prompts = [p[m.bool()].tolist() for p, m in zip(rollout.prompts[:rows], rollout.prompt_mask[:rows], strict=True)]
     responses = [r[m].tolist() for r, m in zip(rollout.responses[:rows], rollout.mask[:rows], strict=True)]
-    with torch.no_grad():
-        sums, lengths = evaluate.kl_of_batch(models.policy_logits, models.reference_logits, prompts, responses,
-                                             tokenizer.pad_token_id, config.temperature, models.policy_device,
-                                             models.reference_device)
-    return float(sums.sum()) / sum(lengths)
+    return evaluate.measure_true_kl(models.policy_logits, models.reference_logits, prompts, responses,
+                                    pad_token_id=tokenizer.pad_token_id, temperature=config.temperature,
+                                    policy_device=models.policy_device, reference_device=models.reference_device)[0]
 
 
 def ppo_step(models: Models, state: State, run: RunConfig, config: PPOConfig, tokenizer, prompts
@@ -657,6 +664,7 @@ def finish(out: Path, benchmark: dict | None) -> None:
 
 def main() -> int:
     given = vars(build_parser().parse_args())
+    keep_freed_memory()
     resume = given.pop("resume", False)
     try:
         run, config = stored_config(given) if resume else build_config(given)

@@ -16,14 +16,16 @@ import weakref
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora as lora_module
 from conftest import ROOT
-from lora import (LoRALinear, add_lora, load_lora, lora_disabled, lora_layers, lora_parameters, lora_snapshot,
-                  lora_state_dict, lora_weights, merge_checkpoint, merge_lora, save_lora, unmerge_lora)
+from lora import (LoRALinear, LowRank, add_lora, keep_mask, load_lora, lora_cast, lora_disabled, lora_layers,
+                  lora_parameters, lora_snapshot, lora_state_dict, lora_weights, merge_checkpoint, merge_lora,
+                  save_lora, unmerge_lora)
 from model import Llama, LlamaConfig, ValueModel, generate
 from test_devices import place
 
@@ -816,3 +818,66 @@ def test_a_crash_between_two_shards_leaves_nothing_behind(tmp_path, capsys, monk
 
     monkeypatch.setattr(lora_module, "save_file", disk_full)
     refused(tmp_path, capsys, "no space left on device")
+
+
+# --- the fast paths and their slow twins ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_low_rank_update_and_its_gradients_are_those_of_plain_autograd(dropout, dtype, tolerance):
+    draw = torch.Generator().manual_seed(0)
+    x, A, B = (torch.randn(*shape, generator=draw) for shape in ((3, 5, 16), (2, 16), (7, 2)))
+    x, weights = x.to(dtype), torch.randn(3, 5, 7, generator=draw)
+    fast, plain = ([t.clone().requires_grad_() for t in (x, A, B)] for _ in range(2))
+    torch.manual_seed(3)
+    found = LowRank.apply(*fast, 8.0, dropout)
+    torch.manual_seed(3)
+    kept = keep_mask(x, dropout) / (1 - dropout)
+    expected = 8.0 * F.linear(F.linear(plain[0].float() * kept, plain[1]), plain[2])
+    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+    (found.float() * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for a, b in zip(fast, plain, strict=True):
+        torch.testing.assert_close(a.grad.float(), b.grad.float(), atol=30 * tolerance, rtol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
+def test_the_dropout_mask_drops_the_share_that_was_asked_for_anywhere(dropout):
+    torch.manual_seed(0)
+    mask = keep_mask(torch.empty(300, 1001), dropout).float()  # 300300 elements, no multiple of what is drawn at once
+    error = 5 * (dropout * (1 - dropout) / 300300) ** 0.5
+    assert abs(mask.mean() - (1 - dropout)) < error
+    assert (mask.mean(0) - (1 - dropout)).abs().max() < 17 * error * 300 ** 0.5  # nor is any column special
+    for lane in range(4):  # four masks come from one 64-bit draw: all of its bits must be random
+        assert abs(mask.flatten()[lane::4].mean() - (1 - dropout)) < 2.5 * error
+    neighbours = torch.corrcoef(torch.stack((mask.flatten()[:-1], mask.flatten()[1:])))[0, 1]
+    assert abs(neighbours) < 5 / 300300 ** 0.5
+
+
+def test_dropout_follows_torchs_seed_and_only_that():
+    x = torch.empty(50, 50)
+    torch.manual_seed(1)
+    first = keep_mask(x, 0.5)
+    assert not torch.equal(first, keep_mask(x, 0.5))
+    torch.manual_seed(1)
+    assert torch.equal(first, keep_mask(x, 0.5))
+
+
+def test_cast_adapters_keep_an_update_that_folding_into_bf16_weights_loses():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).to(torch.bfloat16)
+    add_lora(model, targets=["0"], dropout=0.0)
+    with torch.no_grad():
+        model[0].lora_B.normal_(std=1e-5)
+    x = torch.randn(8, 64).to(torch.bfloat16)
+    update = LowRank.apply(x, model[0].lora_A, model[0].lora_B, model[0].scaling, 0.0)
+    base = model[0].weight.detach().clone()
+    with lora_cast(model), torch.no_grad():
+        A, B = model[0].cast
+        torch.testing.assert_close(F.linear(F.linear(x, A), B), update.detach(), rtol=0.03, atol=1e-6)
+        torch.testing.assert_close(model(x), F.linear(x, base) + update)
+    assert model[0].cast is None
+    merge_lora(model)
+    lost = (model[0].weight == base).float().mean()
+    assert lost > 0.9, "folding would do as well"

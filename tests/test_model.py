@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as model_module
-from model import (KVCache, Llama, LlamaConfig, RMSNorm, ValueModel, attention_bias, generate, position_ids,
+from model import (KVCache, Llama, LlamaConfig, RMSNorm, ValueModel, attend, attention_bias, generate, position_ids,
                    sample_tokens)
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -201,6 +201,40 @@ def test_dropped_rows_leave_the_others_cache_in_place():
     order = cache.drop(torch.tensor([True, False, False, True, False, False]))
     assert sorted(order.tolist()) == [1, 2, 4, 5] and cache.rows == 4
     assert (cache.store[:, :, :4, :, :2] == order[:, None, None, None]).all()
+
+
+def test_the_samplers_log_probabilities_are_those_of_a_whole_forward_pass():
+    ours = tiny()
+    ids, mask = prompts(pads=(0, 3, 6, 1, 2, 0), width=8)
+    eos = eos_that_ends_some_rows(ours, ids, mask)
+    draw = torch.Generator().manual_seed(0)
+    responses, logprobs = generate(ours, ids, mask, 12, temperature=0.7, eos_token_id=eos, pad_token_id=0, generator=draw,
+                                   return_logprobs=True)
+    again = generate(ours, ids, mask, 12, 0.7, eos_token_id=eos, pad_token_id=0, generator=draw.manual_seed(0))
+    assert torch.equal(responses, again)
+    is_eos = (responses == eos).long()
+    real = is_eos.cumsum(1) - is_eos == 0
+    logits = ours(torch.cat((ids, responses), 1), torch.cat((mask, real.long()), 1))[:, ids.shape[1] - 1 : -1]
+    expected = (logits / 0.7).log_softmax(-1).gather(-1, responses[..., None])[..., 0]
+    torch.testing.assert_close(logprobs[real], expected[real], atol=1e-5, rtol=0)
+    assert (logprobs[~real] == 0).all()
+    with pytest.raises(ValueError, match="top_p 0.5"):
+        generate(ours, ids, mask, 12, top_p=0.5, return_logprobs=True)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_is_that_of_repeated_heads_whichever_way_it_is_computed(masked):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 8, generator=draw, dtype=torch.float64) for heads in (6, 2, 2))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]) if masked else torch.ones(2, 5, dtype=torch.long)
+    bias = attention_bias(mask, 5, torch.float64)
+    scores = q @ k.repeat_interleave(3, 1).transpose(-1, -2) / 8**0.5 + bias
+    expected = scores.softmax(-1) @ v.repeat_interleave(3, 1)
+    torch.testing.assert_close(attend(q, k, v, bias if masked else None), expected)
+    narrow = [x.to(torch.bfloat16).requires_grad_() for x in (q, k, v)]
+    found = attend(*narrow, bias.to(torch.bfloat16) if masked else None)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.05)
 
 
 def test_rows_that_finish_leave_the_batch_and_change_nothing():

@@ -221,10 +221,29 @@ def test_self_check_notices_another_temperature_and_another_model():
     assert ppo.self_check(policy, rollout, small_config(temperature=0.7))["reference_gap"] > 1e-2
 
 
+def plain_logprobs(logits, tokens, temperature):
+    """The slow twin of TokenLogprobs."""
+    log_pi = (logits.float() / temperature).log_softmax(-1)
+    return log_pi.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+@pytest.mark.parametrize("size", [11, 2**18])  # the second is so large that two rows fill a chunk
+def test_chunked_log_probabilities_and_their_gradients_are_the_plain_ones(size, dtype, tolerance):
+    draw = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(1, 5, size, generator=draw)).to(dtype).requires_grad_()
+    tokens, weights = torch.randint(size, (1, 5), generator=draw), torch.randn(1, 5, generator=draw)
+    found = ppo.TokenLogprobs.apply(logits, tokens, 0.7)
+    expected = plain_logprobs(logits, tokens, 0.7)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    [gradient] = torch.autograd.grad((found[0] * weights).sum(), logits)
+    torch.testing.assert_close(gradient, torch.autograd.grad((expected[0] * weights).sum(), logits)[0], atol=tolerance, rtol=1e-2)
+
+
 def test_entropy_is_that_of_the_full_distribution_and_carries_no_gradient():
-    log_pi = torch.tensor([[[0.5, 0.25, 0.25]]]).log().requires_grad_()
-    result = ppo.entropy(log_pi)
-    assert result.item() == pytest.approx(1.5 * math.log(2)) and not result.requires_grad
+    logits = torch.tensor([[[0.5, 0.25, 0.25]]]).log().requires_grad_()
+    _, entropy = ppo.TokenLogprobs.apply(logits, torch.tensor([[0]]), 1.0)
+    assert entropy.item() == pytest.approx(1.5 * math.log(2)) and not entropy.requires_grad
 
 
 # --- collect -----------------------------------------------------------------------------------------------------
@@ -287,6 +306,56 @@ def test_rows_stay_with_their_prompts_however_they_are_chunked():
         chunked = collect(policy, value, small_config(rollout_micro_batch_size=size), generate=replay)
         for f in fields(Rollout):
             torch.testing.assert_close(getattr(chunked, f.name), getattr(whole, f.name), atol=1e-5, rtol=1e-5)
+
+
+def test_log_probabilities_that_the_sampler_returns_spare_the_policys_forward_pass():
+    policy, _, value = tiny_models()
+    passes = []
+
+    def watched(ids, mask, keep):
+        passes.append(len(ids))
+        return policy(ids, mask, keep)
+
+    for chunk in (8, 3):
+        config, draw = small_config(rollout_micro_batch_size=chunk), sampler(policy, 6)
+
+        def generate(prompts, prompt_mask, draw=draw, config=config):
+            responses = draw(prompts, prompt_mask)
+            ids, mask = ppo.join(prompts, prompt_mask, responses, ppo.response_mask(responses, EOS))
+            logits = policy(ids[:, :-1], mask[:, :-1], responses.shape[1])
+            return responses, ppo.token_logprobs(logits, responses, config.temperature)
+
+        passes.clear()
+        rollout = collect(watched, value, config, generate=generate)
+        assert not passes
+        again = collect(policy, value, config, generate=sampler(policy, 6))
+        for f in fields(Rollout):
+            torch.testing.assert_close(getattr(rollout, f.name), getattr(again, f.name), atol=1e-5, rtol=1e-5)
+        assert ppo.self_check(policy, rollout, config)["ratio_error"] < 1e-5
+
+
+def test_scoring_chunk_by_chunk_beside_the_sampling_gives_the_same_rollout():
+    policy, _, value = tiny_models()
+    for size in (8, 3):
+        config = small_config(rollout_micro_batch_size=size)
+        one = collect(policy, value, config, generate=sampler(policy, 6))
+        seen = []
+
+        def reference(ids, mask, keep, seen=seen):
+            seen.append("reference")
+            return TinyLM(seed=5)(ids, mask, keep)
+
+        draw = sampler(policy, 6)
+
+        def generate(prompts, prompt_mask, seen=seen, draw=draw):
+            seen.append("generate")
+            return draw(prompts, prompt_mask)
+
+        two = collect(policy, value, config, generate=generate, reference=reference, reference_device="cpu:0")
+        for f in fields(Rollout):
+            torch.testing.assert_close(getattr(one, f.name), getattr(two, f.name), atol=1e-5, rtol=1e-5)
+        chunks = -(-8 // size)
+        assert seen == ["generate", "reference"] * chunks  # in turn: on two devices, at the same time
 
 
 def test_a_rollout_of_one_token_responses_trains():
@@ -420,7 +489,7 @@ def test_micro_batches_cost_no_more_columns_than_their_longest_row():
         return policy(ids, mask, keep)
 
     ppo.update(watched, value, rollout, torch.optim.SGD(critic.parameters()), config)
-    assert widths == [3, 4, 5, 6]  # 2 real prompt tokens and 1, 2, 3, 4 of response; padded, each would be 13
+    assert widths == [2, 3, 4, 5]  # 2 real prompt tokens and 1, 2, 3, 4 of response but the last; padded, each would be 12
 
 
 def test_every_response_is_used_once_an_epoch_in_the_generators_order():

@@ -120,7 +120,8 @@ def test_metrics_have_one_line_a_step_with_finite_numbers(finished):
     for m in metrics:
         assert set(m) == documented and all(math.isfinite(x) for x in m.values())
         assert 1 <= m["length"] <= 8 and m["grad_norm"] > 0 and m["beta"] == 0.02
-    assert metrics[0]["kl_k1"] == 0 == metrics[0]["true_kl"]  # the policy starts as its reference
+    assert metrics[0]["true_kl"] == 0  # the policy starts as its reference
+    assert metrics[0]["kl_k1"] == pytest.approx(0, abs=1e-6)  # the sampler's KV cache rounds otherwise than a whole pass
     assert metrics[-1]["true_kl"] > 0 and metrics[-1]["kl_k3"] > 0
 
 
@@ -346,7 +347,7 @@ def test_without_a_penalty_dropout_alone_regularises(world, tmp_path):
 def test_every_estimator_of_table_1_runs_by_name(world, tmp_path, name):
     start(settings(world, tmp_path / "run", estimator=name, steps=2, evaluation=None))
     first, second = records(tmp_path / "run" / "metrics.jsonl")
-    assert first["penalty"] == 0 != second["penalty"]
+    assert first["penalty"] == pytest.approx(0, abs=1e-6) and abs(second["penalty"]) > 1e-6
 
 
 def test_an_adaptive_beta_follows_the_measured_kl_and_is_restored(world, tmp_path):
