@@ -45,8 +45,8 @@ class PPOConfig:
 
     rollout_batch_size: int = setting(256, "responses", "sampled per PPO step")
     step_batch_size: int = setting(128, "responses", "per optimiser step; the released code in effect uses 16")
-    micro_batch_size: int = setting(8, "responses", "per forward and backward pass; changes memory, not the gradient")
-    rollout_micro_batch_size: int = setting(32, "responses", "generated or scored at once; changes memory only")
+    micro_batch_size: int = setting(8, "responses", "per forward pass, with backward or without; changes memory only")
+    rollout_micro_batch_size: int = setting(32, "responses", "generated at once; changes memory only")
     ppo_epochs: int = setting(2, "epochs", "passes over each rollout")
     response_length: int = setting(300, "tokens", "longest response that is sampled")
     temperature: float = setting(1.0, "", "divides the logits in sampling and in every log-probability alike")
@@ -120,6 +120,11 @@ class Rollout:
             cut[f.name] = x if x.ndim == 1 else x[:, start:] if f.name.startswith("prompt") else x[:, :stop]
         return Rollout(**cut)
 
+    def packed(self) -> "Packed":
+        """Prompts and responses as the models read them in the update."""
+        width = longest_row(self.prompt_mask, self.mask)
+        return pack(self.prompts, self.prompt_mask, self.responses, self.mask, width)
+
 
 def first_column(prompt_mask: Tensor) -> int:
     """Where the longest of the left-padded prompts begins: what stands before is padding in every row."""
@@ -155,11 +160,13 @@ def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 # Rollout (section 3.1): sample, then let all four models read what was sampled
 
 
-def sample(generate: Callable, prompts: Tensor, prompt_mask: Tensor, eos_token_id: int) -> dict[str, Tensor]:
+def sample(generate: Callable, prompts: Tensor, prompt_mask: Tensor, eos_token_id: int,
+           pad_token_id: int) -> dict[str, Tensor]:
     """One chunk of the rollout: responses and mask, and logprobs where generate returns (responses, logprobs)."""
     sampled = generate(prompts, prompt_mask)
     responses, *logprobs = sampled if isinstance(sampled, tuple) else (sampled,)
-    chunk = {"responses": responses, "mask": response_mask(responses, eos_token_id)}
+    mask = response_mask(responses, eos_token_id)
+    chunk = {"responses": responses.masked_fill(~mask, pad_token_id), "mask": mask}  # what was sampled behind EOS is gone
     return chunk | ({"logprobs": logprobs[0].float()} if logprobs else {})
 
 
@@ -230,21 +237,77 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def join(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask (B, S); tokens behind EOS are masked out, whatever their id."""
+    """input_ids and attention_mask (B, P + T); tokens behind EOS are masked out, whatever their id."""
     return torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1)
 
 
-def response_logits(model: Callable, sequence: Tensor, attention: Tensor, n: int) -> Tensor:
-    """The logits (B, n, V) from which the last n tokens were drawn: those one position before each.
+@dataclass
+class Packed:
+    """Prompts and responses with all their padding on the left, so that a batch is as wide as its longest row.
+
+    Padded on both sides it would be as wide as the longest prompt and the longest response together, about a quarter
+    more at the paper's lengths. The last token of every response stands in the last column.
+    """
+
+    sequence: Tensor   # (B, S) token ids
+    attention: Tensor  # (B, S) 1 at real tokens
+    back: Tensor       # (B, T) which of the last T columns holds response token t; arbitrary where there is none
+
+    def to(self, device) -> "Packed":
+        return Packed(self.sequence.to(device), self.attention.to(device), self.back.to(device))
+
+
+def pack(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor, width: int | None = None) -> Packed:
+    """Left-padded prompts and right-padded responses as one row each; width: of the longest, else P + T."""
+    sequence, attention = join(prompts, prompt_mask, responses, mask)
+    order = attention.argsort(dim=1, stable=True)  # padding first, then the real tokens as they stood
+    sequence, attention = sequence.gather(1, order), attention.gather(1, order)
+    if width is not None:
+        sequence, attention = sequence[:, -width:], attention[:, -width:]
+    T = mask.shape[1]
+    return Packed(sequence, attention, (torch.arange(T, device=mask.device) - mask.sum(1, keepdim=True)) % T)
+
+
+def longest_row(prompt_mask: Tensor, mask: Tensor) -> int:
+    """Real tokens of the longest prompt and response together."""
+    return int((prompt_mask.sum(1) + mask.sum(1)).max())
+
+
+def in_batches(read: Callable, size: int, prompts: Tensor, prompt_mask: Tensor, responses: Tensor,
+               mask: Tensor) -> dict[str, Tensor]:
+    """read(packed, sequence, attention) → {name: (b, t) or (b,)} on `size` rows at a time, put together as (B, T) or (B,).
+
+    Rows of like length go together, without the padding that they share: the cost follows the real tokens.
+    """
+    order = (prompt_mask.sum(1) + mask.sum(1)).argsort(stable=True)
+    found = []
+    for rows in order.split(size):
+        start, stop = first_column(prompt_mask[rows]), longest(mask[rows])
+        batch = prompts[rows, start:], prompt_mask[rows, start:], responses[rows, :stop], mask[rows, :stop]
+        found.append(read(pack(*batch, width=longest_row(batch[1], batch[3])), *join(*batch)))
+    unsort = order.argsort()
+    return {name: x[unsort.to(x.device)] for name, x in stack(found, mask.shape[1]).items()}
+
+
+def response_logits(model: Callable, text: Packed) -> Tensor:
+    """The logits (B, T, V) from which the last T columns were drawn: those one position before each.
 
     The last token decides none of them and is left away, so that the model makes no logits that nobody looks at.
     """
-    return model(sequence[:, :-1], attention[:, :-1], n)
+    return model(text.sequence[:, :-1], text.attention[:, :-1], text.back.shape[1])
 
 
-def response_values(value: Callable, sequence: Tensor, attention: Tensor, n: int) -> Tensor:
-    """Values (B, n), float32, one position before each of the last n tokens: what to expect as the token is chosen."""
-    return value(sequence[:, :-1], attention[:, :-1])[:, -n:].float()
+def response_logprobs(model: Callable, text: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log-probability of each response token, entropy of its distribution), both (B, T)."""
+    drawn = text.sequence[:, -text.back.shape[1]:]
+    logprobs, entropy = TokenLogprobs.apply(response_logits(model, text), drawn, temperature)
+    return logprobs.gather(1, text.back), entropy.gather(1, text.back)
+
+
+def response_values(value: Callable, text: Packed) -> Tensor:
+    """Values (B, T), float32, one position before each response token: what to expect as the token is chosen."""
+    values = value(text.sequence[:, :-1], text.attention[:, :-1])
+    return values[:, -text.back.shape[1]:].float().gather(1, text.back)
 
 
 @torch.no_grad()
@@ -256,29 +319,28 @@ def score(policy: Callable, value: Callable, reference: Callable, reward: Callab
     Policy and value read the sequences on policy_device, reference and reward on reference_device; every result ends on
     policy_device. The old log-probabilities come from the forward pass that the update uses.
     """
-    texts = join(prompts, prompt_mask, responses, mask)
-    said = score_trained(policy, value, *texts, responses.shape[1], temperature, policy_device)
-    frozen = score_frozen(reference, reward, *texts, responses.shape[1], temperature, reference_device)
+    batch = prompts, prompt_mask, responses, mask
+    said = score_trained(policy, value, pack(*batch), temperature, policy_device)
+    frozen = score_frozen(reference, reward, pack(*batch), *join(*batch), temperature, reference_device)
     return said | {name: x.to(policy_device) for name, x in frozen.items()}
 
 
-def score_trained(policy: Callable | None, value: Callable, sequence: Tensor, attention: Tensor, n: int,
-                  temperature: float, device) -> dict[str, Tensor]:
-    """logprobs and values (B, n) of the last n tokens; policy None: their log-probabilities are known already."""
-    sequence, attention = sequence.to(device), attention.to(device)
-    said = {"values": response_values(value, sequence, attention, n)}
+def score_trained(policy: Callable | None, value: Callable, text: Packed, temperature: float, device) -> dict[str, Tensor]:
+    """logprobs and values (B, T), on device; policy None: their log-probabilities are known already."""
+    text = text.to(device)
+    said = {"values": response_values(value, text)}
     if policy is not None:
-        said["logprobs"] = token_logprobs(response_logits(policy, sequence, attention, n), sequence[:, -n:], temperature)
+        said["logprobs"], _ = response_logprobs(policy, text, temperature)
     return said
 
 
-def score_frozen(reference: Callable, reward: Callable, sequence: Tensor, attention: Tensor, n: int, temperature: float,
-                 device) -> dict[str, Tensor]:
-    """ref_logprobs (B, n) of the last n tokens and scores (B,), on the reference's device."""
-    sequence, attention = sequence.to(device), attention.to(device)
-    logits = response_logits(reference, sequence, attention, n)
-    return {"ref_logprobs": token_logprobs(logits, sequence[:, -n:], temperature),
-            "scores": reward(sequence, attention, n).float()}
+def score_frozen(reference: Callable, reward: Callable, text: Packed, sequence: Tensor, attention: Tensor,
+                 temperature: float, device) -> dict[str, Tensor]:
+    """ref_logprobs (B, T) and scores (B,), on device. The reward model reads `join`'s rows, whose responses all begin
+    at the same column."""
+    ref_logprobs, _ = response_logprobs(reference, text.to(device), temperature)
+    scores = reward(sequence.to(device), attention.to(device), text.back.shape[1])
+    return {"ref_logprobs": ref_logprobs, "scores": scores.float()}
 
 
 def shape_rewards(scores: Tensor, penalties: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -330,40 +392,33 @@ def collect(policy: Callable, value: Callable, reference: Callable, reward: Call
     uses; self_check holds either against the update's.
     """
     prompts, prompt_mask = prompts.to(policy_device), prompt_mask.to(policy_device)
-    temperature, chunk_size = config.temperature, config.rollout_micro_batch_size
-    two_devices = torch.device(policy_device) != torch.device(reference_device)
+    temperature, two_devices = config.temperature, torch.device(policy_device) != torch.device(reference_device)
 
-    def texts(rows: Tensor, responses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, int]:
-        start = first_column(prompt_mask[rows])  # without the padding that the rows share
-        return *join(prompts[rows, start:], prompt_mask[rows, start:], responses, mask), responses.shape[1]
+    def frozen(text: Packed, sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
+        return score_frozen(reference, reward, text, sequence, attention, temperature, reference_device)
 
-    sampled, frozen = [], []
-    for rows in torch.arange(len(prompts), device=prompts.device).split(chunk_size):
+    sampled, queued = [], []
+    for rows in torch.arange(len(prompts), device=prompts.device).split(config.rollout_micro_batch_size):
         start = first_column(prompt_mask[rows])
-        chunk = sample(generate, prompts[rows, start:], prompt_mask[rows, start:], eos_token_id)
+        chunk = sample(generate, prompts[rows, start:], prompt_mask[rows, start:], eos_token_id, pad_token_id)
+        if two_devices:  # the second device works on these while the first samples the next
+            batch = prompts[rows], prompt_mask[rows], chunk["responses"], chunk["mask"]
+            queued.append(in_batches(frozen, config.micro_batch_size, *batch))
         sampled.append(chunk)
-        if two_devices:  # queued: the second device works on it while the first samples the next chunk
-            read = texts(rows, chunk["responses"].masked_fill(~chunk["mask"], pad_token_id), chunk["mask"])
-            frozen.append(score_frozen(reference, reward, *read, temperature, reference_device))
         progress("generate", len(rows))
     said = stack(sampled)
     mask = said.pop("mask")
-    responses = said.pop("responses").masked_fill(~mask, pad_token_id)  # whatever was sampled behind EOS is gone
+    responses = said.pop("responses").masked_fill(~mask, pad_token_id)
 
-    trained = []
-    order = mask.sum(1).argsort(stable=True)  # responses of like length together: little padding to compute
-    for rows in order.split(chunk_size):
-        stop = longest(mask[rows])
-        read = texts(rows, responses[rows, :stop], mask[rows, :stop])
-        chunk = score_trained(None if "logprobs" in said else policy, value, *read, temperature, policy_device)
-        if not two_devices:
-            chunk |= score_frozen(reference, reward, *read, temperature, reference_device)
-        trained.append(chunk)
-        progress("score", len(rows))
-    unsort, width = order.argsort(), mask.shape[1]
-    said |= {name: x[unsort] for name, x in stack(trained, width).items()}
+    def read(text: Packed, sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
+        scored = score_trained(None if "logprobs" in said else policy, value, text, temperature, policy_device)
+        scored |= {} if two_devices else frozen(text, sequence, attention)
+        progress("score", len(sequence))
+        return scored
+
+    said |= in_batches(read, config.micro_batch_size, prompts, prompt_mask, responses, mask)
     if two_devices:
-        said |= {name: x.to(policy_device) for name, x in stack(frozen, width).items()}
+        said |= {name: x.to(policy_device) for name, x in stack(queued, mask.shape[1]).items()}
     scores = said.pop("scores")
     said = {name: real(x, mask) for name, x in said.items()}
 
@@ -410,9 +465,7 @@ def self_check(policy: Callable, rollout: Rollout, config: PPOConfig) -> dict[st
     """
     rows = torch.arange(0, len(rollout), max(1, len(rollout) // config.micro_batch_size))[:config.micro_batch_size]
     batch = rollout.micro_batch(rows.to(rollout.mask.device))
-    sequence, attention = join(batch.prompts, batch.prompt_mask, batch.responses, batch.mask)
-    logits = response_logits(policy, sequence, attention, batch.mask.shape[1])
-    logprobs = token_logprobs(logits, batch.responses, config.temperature)
+    logprobs, _ = response_logprobs(policy, batch.packed(), config.temperature)
     return {"ratio_error": real((logprobs - batch.logprobs).expm1(), batch.mask).abs().max().item(),
             "reference_gap": (rollout.logprobs - rollout.ref_logprobs).abs().max().item()}
 
@@ -457,11 +510,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 def micro_batch_loss(policy: Callable, value: Callable, batch: Rollout, config: PPOConfig) -> tuple[Tensor, Stats]:
     """The whole objective on one micro-batch: policy loss + vf_coef · value loss, each a mean over its real tokens."""
-    sequence, attention = join(batch.prompts, batch.prompt_mask, batch.responses, batch.mask)
-    n = batch.responses.shape[1]
-    logits = response_logits(policy, sequence, attention, n)
-    logprobs, entropy = TokenLogprobs.apply(logits, batch.responses, config.temperature)
-    values = response_values(value, sequence, attention, n)
+    text = batch.packed()
+    logprobs, entropy = response_logprobs(policy, text, config.temperature)
+    values = response_values(value, text)
     actor, actor_stats = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.cliprange)
     critic, critic_stats = value_loss(values, batch.values, batch.returns, batch.mask, config.cliprange_value)
     stats = {**actor_stats, **critic_stats, "entropy": masked_mean(entropy, batch.mask)}
@@ -476,7 +527,8 @@ def gradient_step(policy: Callable, value: Callable, rollout: Rollout, rows: Ten
     of means would weight tokens by the length of the responses beside them. (The released code goes over the same
     micro-batch again and again, and clips in between.) Raises FloatingPointError before a NaN could reach a weight.
     """
-    rows = rows[rollout.mask[rows].sum(1).argsort(stable=True)]  # any split will do: like lengths together waste least
+    lengths = rollout.prompt_mask[rows].sum(1) + rollout.mask[rows].sum(1)
+    rows = rows[lengths.argsort(stable=True)]  # any split will do: like lengths together waste least
     n_tokens = rollout.mask[rows].sum()
     optimizer.zero_grad(set_to_none=True)
     collected, weights = [], []

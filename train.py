@@ -57,7 +57,7 @@ TINY_PRESET = {
     "policy": str(TINY / "sft"), "reward": str(TINY / "reward"), "data": str(TINY / "data" / "ppo.json"),
     "evaluation": str(TINY / "data" / "evaluation.json"), "prompt_template": "tiny", "steps": 25,
     "response_length": 80, "temperature": 0.7, "learning_rate": 5e-4, "rollout_batch_size": 128, "step_batch_size": 64,
-    "micro_batch_size": 64, "rollout_micro_batch_size": 128,
+    "micro_batch_size": 32, "rollout_micro_batch_size": 128,
 }
 
 

@@ -251,7 +251,7 @@ def test_entropy_is_that_of_the_full_distribution_and_carries_no_gradient():
 
 def test_values_are_read_at_the_position_before_each_token_and_are_0_after_eos():
     def position(ids, mask):
-        return torch.arange(ids.shape[1]).expand(ids.shape).float()
+        return mask.cumsum(1) - 1.0  # among the real tokens of its row
 
     responses = torch.tensor([[5, 2, 6, 6], [5, 5, 5, 5]])
     rollout = collect(TinyLM(), position, small_config(), generate=lambda p, m: responses,
@@ -337,7 +337,7 @@ def test_log_probabilities_that_the_sampler_returns_spare_the_policys_forward_pa
 def test_scoring_chunk_by_chunk_beside_the_sampling_gives_the_same_rollout():
     policy, _, value = tiny_models()
     for size in (8, 3):
-        config = small_config(rollout_micro_batch_size=size)
+        config = small_config(rollout_micro_batch_size=size, micro_batch_size=8)
         one = collect(policy, value, config, generate=sampler(policy, 6))
         seen = []
 
@@ -475,6 +475,34 @@ def test_the_gradient_is_clipped_once_per_step_and_logged_as_it_was_before():
     assert stats["grad_norm"] > 0.01
 
 
+def test_packed_rows_hold_every_token_once_with_all_padding_on_the_left():
+    prompts, prompt_mask = torch.tensor([[0, 0, 7], [4, 5, 6]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+    responses, mask = torch.tensor([[3, 4, 5, EOS], [6, EOS, PAD, PAD]]), torch.tensor([[True] * 4, [True] * 2 + [False] * 2])
+    text = ppo.pack(prompts, prompt_mask, responses, mask, ppo.longest_row(prompt_mask, mask))
+    assert text.sequence.tolist() == [[7, 3, 4, 5, EOS], [4, 5, 6, 6, EOS]]  # 5 wide; padded on both sides it would be 7
+    assert text.attention.tolist() == [[1] * 5, [1] * 5]
+    unpacked = text.sequence[:, -4:].gather(1, text.back)
+    assert torch.equal(unpacked[mask], responses[mask])
+    assert ppo.pack(prompts, prompt_mask, responses, mask).sequence.tolist() == [[0, 0, 7, 3, 4, 5, EOS], [0, 0, 4, 5, 6, 6, EOS]]
+
+
+def test_packed_rows_are_scored_as_rows_by_themselves():
+    policy, critic, value = tiny_models()
+    prompts, prompt_mask = left_padded_prompts(8)
+    responses = sampler(policy, 6)(prompts, prompt_mask)
+    mask = ppo.response_mask(responses, EOS)
+    text = ppo.pack(prompts, prompt_mask, responses, mask, ppo.longest_row(prompt_mask, mask))
+    logprobs, entropy = ppo.response_logprobs(policy, text, 0.7)
+    values = ppo.response_values(value, text)
+    for row in range(8):
+        ids = torch.cat([prompts[row][prompt_mask[row].bool()], responses[row][mask[row]]])[None]
+        n, ones = int(mask[row].sum()), torch.ones_like(ids)
+        expected, its_entropy = plain_logprobs(policy(ids, ones, len(ids[0]))[:, -n - 1:-1], ids[:, -n:], 0.7)
+        torch.testing.assert_close(logprobs[row][mask[row]], expected[0])
+        torch.testing.assert_close(entropy[row][mask[row]], its_entropy[0])
+        torch.testing.assert_close(values[row][mask[row]], value(ids, ones)[0, -n - 1:-1])
+
+
 def test_micro_batches_cost_no_more_columns_than_their_longest_row():
     policy, critic, value = tiny_models()
     prompt_mask = torch.tensor([[0] * 5 + [1] * 2] * 8)
@@ -502,7 +530,7 @@ def test_every_response_is_used_once_an_epoch_in_the_generators_order():
         seen = []
 
         def watched(ids, mask, keep):
-            seen.extend(map(tuple, ids[:, :2].tolist()))
+            seen.extend(tuple(row[real.bool()][:2].tolist()) for row, real in zip(ids, mask, strict=True))
             return policy(ids, mask, keep)
 
         done = []

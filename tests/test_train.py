@@ -283,15 +283,17 @@ def test_evaluate_py_names_the_checkpoints_there_are(copy, monkeypatch, capsys):
 # --- variants ------------------------------------------------------------------------------------------------------
 
 
-def test_shared_frozen_weights_give_exactly_the_results_of_four_models(world, finished, tmp_path, monkeypatch):
-    """Two names for one CPU make train.py build all four, as on two GPUs."""
+def test_shared_frozen_weights_give_exactly_the_results_of_four_models(world, tmp_path, monkeypatch):
+    """Two names for one CPU make train.py build all four, as on two GPUs. They score each chunk as it is sampled: with one
+    chunk, both read the same batches."""
+    start(settings(world, tmp_path / "shared", rollout_micro_batch_size=8))
     monkeypatch.setattr(train, "resolve_devices", lambda *asked: ("cpu", "cpu:0", "two devices"))
     built, build_models = [], train.build_models
     monkeypatch.setattr(train, "build_models", lambda *a, **k: built.append(build_models(*a, **k)) or built[-1])
-    start(settings(world, tmp_path / "four"))
+    start(settings(world, tmp_path / "four", rollout_micro_batch_size=8))
     [models] = built
     assert not models.shared and models.value.backbone is not models.reward_model.backbone
-    assert_same_run(tmp_path / "four", finished)
+    assert_same_run(tmp_path / "four", tmp_path / "shared")
 
 
 def test_on_one_device_only_adapters_and_value_head_are_trained_and_frozen_weights_stand_once(world, tmp_path):
@@ -442,14 +444,14 @@ def test_a_started_policys_checkpoint_is_the_whole_way_from_the_base(world, adap
         torch.testing.assert_close(theirs(ids).logits, models.policy_logits(ids, torch.ones_like(ids), 4), atol=1e-4, rtol=0)
 
 
-def test_a_started_run_is_the_same_with_four_models_and_after_a_resume(world, adapter, tmp_path, monkeypatch):
-    start(settings(world, tmp_path / "two", adapter=str(adapter), evaluation=None))
+def test_a_started_run_is_the_same_after_a_resume_and_with_four_models(world, adapter, tmp_path, monkeypatch):
+    start(settings(world, tmp_path / "two", adapter=str(adapter), evaluation=None, rollout_micro_batch_size=8))
     cut = Path(shutil.copytree(tmp_path / "two", tmp_path / "cut"))
     shutil.rmtree(cut / "step-0002"), shutil.rmtree(cut / "step-0003")
     start({"out": str(cut)}, resume=True)
     assert_same_run(cut, tmp_path / "two")
     monkeypatch.setattr(train, "resolve_devices", lambda *asked: ("cpu", "cpu:0", "two devices"))
-    start(settings(world, tmp_path / "four", adapter=str(adapter), evaluation=None))
+    start(settings(world, tmp_path / "four", adapter=str(adapter), evaluation=None, rollout_micro_batch_size=8))
     assert_same_run(tmp_path / "four", tmp_path / "two")
 
 
