@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import left_pad, load_instructions, load_tokenizer, right_pad, tokenize_prompts
 from divergences import true_kl
 from lora import load_lora, lora_disabled
-from model import Llama, generate, keep_freed_memory
+from model import Llama, generate
 
 # ------------------------------------------------------------------------------------------------------ statistics
 
@@ -108,10 +108,25 @@ def ratio_and_error(totals: Sequence[float], counts: Sequence[float]) -> tuple[f
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
+CACHE_BYTES = 4 * 2**30
+
+
+def cache_bytes(policy, length: int) -> int:
+    """Keys and values of one row of `length` tokens."""
+    config, size = policy.config, policy.lm_head.weight.element_size()
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * size
+
+
 def sample_responses(policy, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, eos_token_id: int,
-                     pad_token_id: int, seed: int = 0, batch_size: int = 256, desc: str = "sampling") -> list[list[int]]:
-    """One response to each prompt: token ids through EOS, if there is one. Reproducible from the seed."""
+                     pad_token_id: int, seed: int = 0, batch_size: int | None = None, desc: str = "sampling") -> list[list[int]]:
+    """One response to each prompt: token ids through EOS, if there is one. Reproducible from the seed.
+
+    batch_size None: 256 at once, or as many as have room for their keys and values in CACHE_BYTES.
+    """
     device = next(policy.parameters()).device
+    if batch_size is None:
+        a_row = cache_bytes(policy, max(map(len, prompts), default=0) + max_new_tokens)
+        batch_size = min(256, max(1, CACHE_BYTES // a_row))
     generator = torch.Generator(device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: list[list[int]] = [[] for _ in prompts]
@@ -415,7 +430,6 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, help="of the sampling, for an adapter folder (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling, for an adapter folder (default: 0)")
     args = parser.parse_args()
-    keep_freed_memory()
     try:
         if (args.folder / "adapter_config.json").is_file():
             results = evaluate_adapter(args.folder, args)

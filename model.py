@@ -23,7 +23,6 @@ L layers, H query heads, Hkv key and value heads, Dh size of a head, N rows of t
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -487,20 +486,6 @@ class ValueModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, S) → values (B, S), float32."""
         return self.head(self.backbone.hidden(input_ids, attention_mask).float()).squeeze(-1)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees, for the next tensor; for programs to call once, before they start.
-
-    glibc gives large blocks back to the system and asks for them anew, which hands them out page by page and zeroed: a
-    fifth of the time of a forward pass on a CPU. The peak stays what it was. Does nothing where there is no glibc.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor given back from the end of the heap
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling

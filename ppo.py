@@ -458,15 +458,18 @@ def rollout_stats(rollout: Rollout) -> dict[str, float]:
 
 @torch.no_grad()
 def self_check(policy: Callable, rollout: Rollout, config: PPOConfig) -> dict[str, float]:
-    """Before the first update and in eval mode both are 0 within float error, or masks, positions or dropout are wrong.
+    """Before the first update and in eval mode all are 0 within float error, or masks, positions or dropout are wrong.
 
-    ratio_error: largest |ratio − 1| when the update's forward pass reads one micro-batch, spread over the rollout (so
-    that its padding is not what it was in collect). reference_gap: largest |log π − log π_ref| of the whole rollout.
+    ratio_error: largest |ratio − 1| (ratio_error_mean: its mean over tokens) when the update's forward pass reads one
+    micro-batch, spread over the rollout (so that its padding is not what it was in collect). reference_gap: largest
+    |log π − log π_ref| of the whole rollout.
     """
     rows = torch.arange(0, len(rollout), max(1, len(rollout) // config.micro_batch_size))[:config.micro_batch_size]
     batch = rollout.micro_batch(rows.to(rollout.mask.device))
     logprobs, _ = response_logprobs(policy, batch.packed(), config.temperature)
-    return {"ratio_error": real((logprobs - batch.logprobs).expm1(), batch.mask).abs().max().item(),
+    error = (logprobs - batch.logprobs).expm1().abs()
+    return {"ratio_error": real(error, batch.mask).max().item(),
+            "ratio_error_mean": masked_mean(error, batch.mask).item(),
             "reference_gap": (rollout.logprobs - rollout.ref_logprobs).abs().max().item()}
 
 
@@ -508,15 +511,17 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     return loss, {"value_loss": loss.detach(), "value_clip_fraction": masked_mean(clipped > unclipped, mask)}
 
 
-def micro_batch_loss(policy: Callable, value: Callable, batch: Rollout, config: PPOConfig) -> tuple[Tensor, Stats]:
-    """The whole objective on one micro-batch: policy loss + vf_coef · value loss, each a mean over its real tokens."""
-    text = batch.packed()
-    logprobs, entropy = response_logprobs(policy, text, config.temperature)
-    values = response_values(value, text)
-    actor, actor_stats = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.cliprange)
-    critic, critic_stats = value_loss(values, batch.values, batch.returns, batch.mask, config.cliprange_value)
-    stats = {**actor_stats, **critic_stats, "entropy": masked_mean(entropy, batch.mask)}
-    return actor + config.vf_coef * critic, stats
+def actor_loss(policy: Callable, batch: Rollout, config: PPOConfig) -> tuple[Tensor, Stats]:
+    """The policy's loss on one micro-batch, a mean over its real tokens."""
+    logprobs, entropy = response_logprobs(policy, batch.packed(), config.temperature)
+    loss, stats = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.cliprange)
+    return loss, stats | {"entropy": masked_mean(entropy, batch.mask)}
+
+
+def critic_loss(value: Callable, batch: Rollout, config: PPOConfig) -> tuple[Tensor, Stats]:
+    """The value model's loss on one micro-batch, a mean over its real tokens."""
+    values = response_values(value, batch.packed())
+    return value_loss(values, batch.values, batch.returns, batch.mask, config.cliprange_value)
 
 
 def gradient_step(policy: Callable, value: Callable, rollout: Rollout, rows: Tensor, optimizer: torch.optim.Optimizer,
@@ -535,9 +540,14 @@ def gradient_step(policy: Callable, value: Callable, rollout: Rollout, rows: Ten
     for micro_rows in rows.split(config.micro_batch_size):
         batch = rollout.micro_batch(micro_rows)
         weight = batch.mask.sum() / n_tokens
-        loss, stats = micro_batch_loss(policy, value, batch, config)
-        (weight * loss).backward()
-        collected.append(stats)
+        # Loss = actor + vf_coef · critic. Two backward passes add up to its gradient and hold one model's activations.
+        actor, actor_stats = actor_loss(policy, batch, config)
+        (weight * actor).backward()
+        del actor
+        critic, critic_stats = critic_loss(value, batch, config)
+        (weight * config.vf_coef * critic).backward()
+        del critic
+        collected.append(actor_stats | critic_stats)
         weights.append(weight)
     stats = average(collected, weights)
     trained = [p for group in optimizer.param_groups for p in group["params"]]

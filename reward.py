@@ -213,6 +213,20 @@ def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
     return model
 
 
+def reward_config(directory: str | Path) -> Any:
+    """The configuration (LlamaConfig) of a stored reward model's backbone, without loading its weights."""
+    from model import read_tensor, stored_tensors
+
+    directory = Path(directory)
+    description = _read_json(directory / "config.json", "a reward model folder holds config.json and its weights")
+    tensors: dict[str, Any] = {}
+    if description.get("model_type") == "reward_model":  # AlpacaFarm's names no sizes: three tensors show them
+        for name, tensor in stored_tensors(directory).items():
+            shows = name.endswith(("embed_tokens.weight", "layers.0.mlp.gate_proj.weight", "layers.0.self_attn.k_proj.weight"))
+            tensors[name.removeprefix("backbone_model.")] = read_tensor(tensor, name) if shows else None
+    return _llama_config(description, tensors, directory)
+
+
 def _assign(backbone: nn.Module, tensors: dict[str, Tensor], directory: Path) -> None:
     """Fill a backbone on the meta device; one name or shape that does not fit is an error."""
     try:
@@ -619,9 +633,6 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for bad input."""
-    from model import keep_freed_memory
-
-    keep_freed_memory()
     try:
         run(parse_args(argv))
     except (ValueError, FileNotFoundError) as error:

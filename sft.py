@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import check_vocabulary, describe_tokenizer, encode_pair, load_instructions, load_tokenizer
 from lora import add_lora, merge_lora, save_lora
-from model import Llama, keep_freed_memory
+from model import Llama
 from reward import check_out, length_batches, warmup_cosine
 
 LEARNING_RATES = {"full": 2e-5, "lora": 1e-4}  # --tuning
@@ -244,7 +244,6 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for bad input."""
-    keep_freed_memory()
     try:
         run(parse_args(argv))
     except (ValueError, FileNotFoundError) as error:
