@@ -380,6 +380,45 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = PPOConfig.
 
 
 @torch.no_grad()
+def sample_and_score(policy: Callable, value: Callable, reference: Callable, reward: Callable, generate: Callable,
+                     prompts: Tensor, prompt_mask: Tensor, config: PPOConfig, *, eos_token_id: int, pad_token_id: int,
+                     policy_device, reference_device, progress: Progress) -> dict[str, Tensor]:
+    """responses, mask, logprobs, ref_logprobs, values (B, T) and scores (B,), all on policy_device.
+
+    On two devices the second reads each chunk as soon as it is sampled, while the first samples the next one: a GPU
+    works through what is queued for it and the program goes on.
+    """
+    temperature, two_devices = config.temperature, torch.device(policy_device) != torch.device(reference_device)
+
+    def read_frozen(text: Packed, sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
+        return score_frozen(reference, reward, text, sequence, attention, temperature, reference_device)
+
+    sampled, queued = [], []
+    for rows in torch.arange(len(prompts), device=prompts.device).split(config.rollout_micro_batch_size):
+        start = first_column(prompt_mask[rows])
+        chunk = sample(generate, prompts[rows, start:], prompt_mask[rows, start:], eos_token_id, pad_token_id)
+        if two_devices:
+            batch = prompts[rows], prompt_mask[rows], chunk["responses"], chunk["mask"]
+            queued.append(in_batches(read_frozen, config.micro_batch_size, *batch))
+        sampled.append(chunk)
+        progress("generate", len(rows))
+    said = stack(sampled)
+    said["responses"] = said["responses"].masked_fill(~said["mask"], pad_token_id)
+    unscored = policy if "logprobs" not in said else None  # else the sampler's log-probabilities are as good
+
+    def read(text: Packed, sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
+        scored = score_trained(unscored, value, text, temperature, policy_device)
+        scored |= {} if two_devices else read_frozen(text, sequence, attention)
+        progress("score", len(sequence))
+        return scored
+
+    said |= in_batches(read, config.micro_batch_size, prompts, prompt_mask, said["responses"], said["mask"])
+    if two_devices:
+        said |= {name: x.to(policy_device) for name, x in stack(queued, said["mask"].shape[1]).items()}
+    return said
+
+
+@torch.no_grad()
 def collect(policy: Callable, value: Callable, reference: Callable, reward: Callable, generate: Callable,
             penalty: Callable, prompts: Tensor, prompt_mask: Tensor, config: PPOConfig, *,
             eos_token_id: int, pad_token_id: int, policy_device, reference_device, beta: float | None = None,
@@ -392,34 +431,10 @@ def collect(policy: Callable, value: Callable, reference: Callable, reward: Call
     uses; self_check holds either against the update's.
     """
     prompts, prompt_mask = prompts.to(policy_device), prompt_mask.to(policy_device)
-    temperature, two_devices = config.temperature, torch.device(policy_device) != torch.device(reference_device)
-
-    def frozen(text: Packed, sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
-        return score_frozen(reference, reward, text, sequence, attention, temperature, reference_device)
-
-    sampled, queued = [], []
-    for rows in torch.arange(len(prompts), device=prompts.device).split(config.rollout_micro_batch_size):
-        start = first_column(prompt_mask[rows])
-        chunk = sample(generate, prompts[rows, start:], prompt_mask[rows, start:], eos_token_id, pad_token_id)
-        if two_devices:  # the second device works on these while the first samples the next
-            batch = prompts[rows], prompt_mask[rows], chunk["responses"], chunk["mask"]
-            queued.append(in_batches(frozen, config.micro_batch_size, *batch))
-        sampled.append(chunk)
-        progress("generate", len(rows))
-    said = stack(sampled)
-    mask = said.pop("mask")
-    responses = said.pop("responses").masked_fill(~mask, pad_token_id)
-
-    def read(text: Packed, sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
-        scored = score_trained(None if "logprobs" in said else policy, value, text, temperature, policy_device)
-        scored |= {} if two_devices else frozen(text, sequence, attention)
-        progress("score", len(sequence))
-        return scored
-
-    said |= in_batches(read, config.micro_batch_size, prompts, prompt_mask, responses, mask)
-    if two_devices:
-        said |= {name: x.to(policy_device) for name, x in stack(queued, mask.shape[1]).items()}
-    scores = said.pop("scores")
+    said = sample_and_score(policy, value, reference, reward, generate, prompts, prompt_mask, config,
+                            eos_token_id=eos_token_id, pad_token_id=pad_token_id, policy_device=policy_device,
+                            reference_device=reference_device, progress=progress)
+    responses, mask, scores = (said.pop(name) for name in ("responses", "mask", "scores"))
     said = {name: real(x, mask) for name, x in said.items()}
 
     finished = (mask & (responses == eos_token_id)).any(1)  # token ids: decoded text may hide or imitate an EOS

@@ -181,7 +181,8 @@ def floors(config, args, dtype, prompt_tokens: int, response_tokens: int, longes
     cache = response_tokens * (size * L * 2 * KV * context * 0.75) / far  # what is there already, on average
     decode = longest * -(-batch // args.rollout_micro_batch) * size * (body + D * V) / read
     prefill = prompt_tokens * (ops / matmul + moved / copy)
-    found = {"generate": prefill + decode + cache, "score": 4 * forward + 2 * logits,
+    passes = 3 if size == 4 else 4  # in float32 the sampler's log-probabilities stand for the policy's pass
+    found = {"generate": prefill + decode + cache, "score": passes * forward + (passes - 2) * logits,
              "update": 2 * (2 * (2 * ops / matmul + 3 * moved / copy) * tokens + 2.5 * logits)}
     return found | {"matmul": matmul, "copy": copy, "far": far, "read": read}
 

@@ -296,6 +296,11 @@ def test_shared_frozen_weights_give_exactly_the_results_of_four_models(world, tm
     assert_same_run(tmp_path / "four", tmp_path / "shared")
 
 
+def test_recomputing_activations_changes_nothing(world, finished, tmp_path):
+    start(settings(world, tmp_path / "run", gradient_checkpointing=True))
+    assert_same_run(tmp_path / "run", finished)
+
+
 def test_on_one_device_only_adapters_and_value_head_are_trained_and_frozen_weights_stand_once(world, tmp_path):
     run, _ = train.build_config(settings(world, tmp_path))
     models = train.build_models(run, load_tokenizer(world / "sft"), say=lambda line: None)
