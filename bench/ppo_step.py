@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +71,7 @@ def build(args, dtype):
 
         def logits(model, off):
             def read(ids, mask, keep):
-                with lora_disabled(model) if off else torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
+                with lora_disabled(model) if off else nullcontext():
                     return model(ids, mask, logits_to_keep=keep)
             return read
 
