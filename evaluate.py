@@ -1,29 +1,31 @@
 """Evaluation as the paper does it: win rate against reference outputs, true KL, response length, factuality.
 
     python evaluate.py runs/bregman-s0                 # the last checkpoint of a run, beside SFT
-    python evaluate.py runs/bregman-s0 --step 20 40    # some of its checkpoints
+    python evaluate.py runs/bregman-s0 --step 20 40    # some of its checkpoints; --step all
+    python evaluate.py runs/bregman-s0 --judge openai --judge-model NAME --base-url URL     # an LLM decides who wins
     python evaluate.py some/adapter --policy DIR       # an adapter folder in PEFT's layout, on its base model
+    python evaluate.py winrate --annotations FILE      # from recorded judgements, AlpacaEval's or ours
+    python evaluate.py report RUNS... --out DIR        # Tables 1 and 2, Figures 1 to 3 of finished runs
+    python evaluate.py chat runs/bregman-s0            # your instructions, answered by SFT and policy side by side
 
 Win rate (section 2.1): each of the 805 evaluation instructions is answered by the policy and by a reference writer; one
-annotator of a pool compares the two. Here the judges are the miniature world's (`tiny/annotators.py`). True KL (section 4,
-Figure 2): the divergence of the full distributions over the vocabulary, per token, on the policy's own answers, not an
-estimate from the sampled tokens. Fact precision (Table 2): the share of stated facts that are true, on "Tell me about X".
+judge of a pool (judges.py) compares the two. In the miniature world the judges are `tiny/annotators.py`'s. True KL (section
+4, Figure 2): the divergence of the full distributions over the vocabulary, per token, on 28K tokens of the policy's own
+answers, not an estimate from the sampled tokens. Factuality (Table 2): the share of stated facts that are true.
 
 Departures: the paper decodes greedily (its released code sets a temperature but does not sample); we sample at the
 temperature that the policy was trained with, since that distribution is what PPO improves. Ties count half, unparsable
 judgements are left out, and every figure has a standard error.
 
-Shapes: B batch, P prompt (left-padded), T response (right-padded), V vocabulary.
+Shapes: B batch, P prompt (left-padded), T response (right-padded), V vocabulary, N tokens of all responses.
 """
 
 import argparse
 import json
 import math
-import os
 import random
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,10 +33,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import left_pad, load_instructions, load_tokenizer, right_pad, tokenize_prompts
+from data import left_pad, load_instructions, right_pad, tokenize_prompts
 from divergences import true_kl
-from lora import load_lora, lora_disabled
-from model import Llama, generate
+from factuality import FactCount, fact_figures
+from judges import EndpointError, read_annotations
+from model import generate
 
 # ------------------------------------------------------------------------------------------------------ statistics
 
@@ -149,40 +152,80 @@ def join(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], p
     return torch.cat([ids, tokens], 1), torch.cat([mask, real], 1), tokens.shape[1]
 
 
-@torch.no_grad()
 def measure_true_kl(policy: Callable, reference: Callable, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]],
-                    *, pad_token_id: int, temperature: float, policy_device, reference_device, max_tokens: int = 28_000,
-                    batch_size: int = 16) -> tuple[float, float]:
-    """(true KL(π‖π_ref) per token in nats, standard error) over up to max_tokens tokens of the policy's own responses.
+                    **settings) -> tuple[float, float]:
+    """(true KL(π‖π_ref) per token in nats, standard error) on the policy's own responses; settings: token_divergences'."""
+    lengths, values = token_divergences(policy, reference, prompts, responses, **settings)
+    return per_token(lengths, values["true_kl"])
 
-    policy and reference: (input_ids, attention_mask, keep) → logits (B, keep, V), as in ppo.py.
+
+@torch.no_grad()
+def token_divergences(policy: Callable, reference: Callable, prompts: Sequence[Sequence[int]],
+                      responses: Sequence[Sequence[int]], *, pad_token_id: int, temperature: float, policy_device,
+                      reference_device, estimators: dict[str, Callable] | None = None, max_tokens: int = 28_000,
+                      batch_size: int = 16) -> tuple[list[int], dict[str, Tensor]]:
+    """(tokens of each response, values at each token): values["true_kl"] is the KL over the whole vocabulary there and
+    values[name] what that estimator of divergences.py says from the one sampled token; each (N,), nats, on the CPU.
+
+    policy and reference: (input_ids, attention_mask, keep) → logits (B, keep, V), as in ppo.py. Responses are taken in order
+    until max_tokens (the paper's 28K) are reached.
     """
-    totals, counts, tokens = [], [], 0
+    lengths: list[int] = []
+    found: dict[str, list[Tensor]] = {name: [] for name in ("true_kl", *(estimators or {}))}
     with tqdm(total=min(max_tokens, sum(map(len, responses))), desc="true KL", unit="token", leave=False) as bar:
         for start in range(0, len(prompts), batch_size):
-            if tokens >= max_tokens:
+            if sum(lengths) >= max_tokens:
                 break
             rows = slice(start, start + batch_size)
-            sums, lengths = kl_of_batch(policy, reference, prompts[rows], responses[rows], pad_token_id, temperature,
-                                        policy_device, reference_device)
-            totals, counts, new = totals + sums.tolist(), counts + lengths, sum(lengths)
-            tokens += new
-            bar.update(new)
-    return ratio_and_error(totals, counts)
+            sequence, attention, T = join(prompts[rows], responses[rows], pad_token_id)
+            real, tokens = attention[:, -T:].bool(), sequence[:, -T:]
+            sequence, attention = sequence[:, :-1], attention[:, :-1]  # the last token decides nothing
+            values = divergences_of_batch(policy(sequence.to(policy_device), attention.to(policy_device), T),
+                                          reference(sequence.to(reference_device), attention.to(reference_device), T),
+                                          tokens, temperature, estimators or {})
+            for name, value in values.items():
+                found[name].append(value.view(real.shape)[real])
+            lengths += real.sum(1).tolist()
+            bar.update(int(real.sum()))
+    return lengths, {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def kl_of_batch(policy, reference, prompts, responses, pad_token_id: int, temperature: float, policy_device,
-                reference_device) -> tuple[Tensor, list[int]]:
-    """(sum of the true KL over each response (B,), the responses' lengths)."""
-    sequence, attention, T = join(prompts, responses, pad_token_id)
-    real = attention[:, -T:]
-    sequence, attention = sequence[:, :-1], attention[:, :-1]  # the last token decides nothing
-    logits = policy(sequence.to(policy_device), attention.to(policy_device), T).flatten(0, 1)  # (B · T, V)
-    ref_logits = reference(sequence.to(reference_device), attention.to(reference_device), T).flatten(0, 1)
-    chunk = max(1, 2**20 // logits.shape[1])  # never the whole of the largest tensors there are in float32
-    kl = torch.cat([true_kl(p.float() / temperature, q.to(policy_device).float() / temperature)
-                    for p, q in zip(logits.split(chunk), ref_logits.split(chunk), strict=True)]).cpu()
-    return (kl.view(real.shape) * real).sum(1), real.sum(1).tolist()
+def divergences_of_batch(logits: Tensor, ref_logits: Tensor, tokens: Tensor, temperature: float,
+                         estimators: dict[str, Callable]) -> dict[str, Tensor]:
+    """(B, T, V) twice and tokens (B, T) → the true KL and each estimator at every position, (B · T,) on the CPU."""
+    found: dict[str, list[Tensor]] = {name: [] for name in ("true_kl", *estimators)}
+    chunk = max(1, 2**20 // logits.shape[-1])  # never the whole of the largest tensors there are in float32
+    for p, q, token in zip(logits.flatten(0, 1).split(chunk), ref_logits.flatten(0, 1).split(chunk),
+                           tokens.flatten().split(chunk), strict=True):
+        p, q = p.float() / temperature, q.to(logits.device).float() / temperature
+        found["true_kl"].append(true_kl(p, q).cpu())
+        if estimators:
+            index = token.to(p.device)[:, None]
+            sampled, ref_sampled = (x.log_softmax(-1).gather(1, index)[:, 0].cpu() for x in (p, q))
+            for name, estimator in estimators.items():
+                found[name].append(estimator(sampled, ref_sampled))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def per_token(lengths: Sequence[int], values: Tensor) -> tuple[float, float]:
+    """(mean over tokens, standard error that counts responses) of values (N,) in the order of the responses."""
+    return ratio_and_error([part.sum().item() for part in values.double().split(list(lengths))], lengths)
+
+
+def estimator_quality(lengths: Sequence[int], values: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """How well each estimator guesses the true KL on the same tokens, the paper's open question (section 4).
+
+    mean, bias (mean − true KL) and their standard errors; deviation: of estimate − true KL at single tokens, the noise that
+    one token's penalty brings into the reward. All in nats.
+    """
+    quality = {}
+    for name, estimates in values.items():
+        if name != "true_kl":
+            error = (estimates - values["true_kl"]).double()
+            mean, bias = per_token(lengths, estimates), per_token(lengths, error)
+            quality[name] = {"mean": mean[0], "mean_se": mean[1], "bias": bias[0], "bias_se": bias[1],
+                             "deviation": error.std().item()}
+    return quality
 
 
 @torch.no_grad()
@@ -198,55 +241,87 @@ def measure_reward(reward: Callable, prompts: Sequence[Sequence[int]], responses
 
 
 def measure_facts(tasks: Sequence[dict], texts: Sequence[str]) -> dict[str, float]:
-    """FActScore's figures (Table 2) with a known truth: precision in %, facts and repeated facts a response."""
+    """FActScore's figures (Table 2) with a known truth, and repeated facts an answer."""
     from tiny.annotators import facts_in
 
     counted = [facts_in(task, text) for task, text in zip(tasks, texts, strict=True)]
-    precision, error = ratio_and_error([true for true, _, _ in counted], [stated for _, stated, _ in counted])
-    return {"fact_precision": 100 * precision, "fact_precision_se": 100 * error,
-            "facts": sum(stated for _, stated, _ in counted) / len(counted),
-            "repeats": sum(again for _, _, again in counted) / len(counted)}
+    figures = fact_figures([FactCount(true, stated, abstained=not stated) for true, stated, _ in counted])
+    return figures | {"repeats": sum(again for _, _, again in counted) / len(counted)}
 
 
 def answer(policy, tokenizer, benchmark: dict, *, max_new_tokens: int, temperature: float, seed: int = 0,
-           label: str = "policy") -> dict:
-    """The policy's responses, as token ids: {"responses": to benchmark["prompts"], "about": to benchmark["about_prompts"]}."""
+           label: str = "policy", kl_tokens: int = 0) -> dict:
+    """The policy's responses, as token ids: {"responses": to benchmark["prompts"], "about": to benchmark["about_prompts"]}.
+
+    kl_tokens: so many tokens are needed for the true KL; where the responses have fewer, "more" holds further ones and
+    "more_prompts" what they answer.
+    """
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "eos_token_id": tokenizer.eos_token_id,
-                "pad_token_id": tokenizer.pad_token_id, "seed": seed}
-    return {"responses": sample_responses(policy, benchmark["prompts"], desc=f"{label}: answers", **settings),
-            "about": sample_responses(policy, benchmark["about_prompts"], desc=f"{label}: facts", **settings)}
+                "pad_token_id": tokenizer.pad_token_id}
+    prompts = benchmark["prompts"]
+    responses = sample_responses(policy, prompts, desc=f"{label}: answers", seed=seed, **settings)
+    about = sample_responses(policy, benchmark["about_prompts"], desc=f"{label}: facts", seed=seed, **settings)
+    more_prompts, more, have = [], [], sum(map(len, responses))
+    order = random.Random(seed).sample(range(len(prompts)), len(prompts))
+    while have < kl_tokens:
+        short = math.ceil((kl_tokens - have) * len(prompts) / sum(map(len, responses)))
+        asked = [prompts[order[i % len(order)]] for i in range(short)]
+        new = sample_responses(policy, asked, desc=f"{label}: for KL", seed=seed + 1 + len(more), **settings)
+        more_prompts, more, have = more_prompts + asked, more + new, have + sum(map(len, new))
+    return {"responses": responses, "about": about, "more_prompts": more_prompts, "more": more}
+
+
+def miniature_judge(tasks: Sequence[dict], texts: Sequence[str]) -> list[float]:
+    """The preferences of the miniature world's annotators between the texts and the reference outputs."""
+    from tiny.annotators import judge
+
+    return judge(tasks, texts, [task["output"] for task in tasks])
 
 
 def measure(sampled: dict, policy_logits: Callable, reference_logits: Callable, reward: Callable | None, tokenizer,
-            benchmark: dict, *, temperature: float, policy_device, reference_device) -> dict:
+            benchmark: dict, *, temperature: float, policy_device, reference_device, judge: Callable | None = None,
+            estimators: dict[str, Callable] | None = None, kl_tokens: int = 28_000) -> dict:
     """Everything the tables need about one policy, from what it answered, with responses and preferences example by example.
 
-    sampled is `answer`'s, benchmark `load_benchmark`'s. Without simulated annotators (real data) win_rate and facts are absent.
+    sampled is `answer`'s, benchmark `load_benchmark`'s. judge: (tasks, texts) → preferences; None means the miniature
+    world's annotators, or no win rate for other instructions. estimators: whose quality is measured beside the true KL.
     """
     prompts, tasks, responses = benchmark["prompts"], benchmark["tasks"], sampled["responses"]
     texts, pad = [tokenizer.decode(r) for r in responses], tokenizer.pad_token_id
-    kl, kl_se = measure_true_kl(policy_logits, reference_logits, prompts, responses, pad_token_id=pad, temperature=temperature,
-                                policy_device=policy_device, reference_device=reference_device)
+    lengths, values = token_divergences(
+        policy_logits, reference_logits, prompts + sampled["more_prompts"], responses + sampled["more"], pad_token_id=pad,
+        temperature=temperature, policy_device=policy_device, reference_device=reference_device, estimators=estimators,
+        max_tokens=kl_tokens)
+    kl, kl_se = per_token(lengths, values["true_kl"])
     tokens, tokens_se = mean_and_error([len(r) for r in responses])
     finished = [100.0 * (tokenizer.eos_token_id in r) for r in responses]
-    result = {"n": len(tasks), "true_kl": kl, "true_kl_se": kl_se, "tokens": tokens, "tokens_se": tokens_se,
-              "finished": mean_and_error(finished)[0]}
+    result = {"n": len(tasks), "true_kl": kl, "true_kl_se": kl_se, "kl_tokens": sum(lengths), "tokens": tokens,
+              "tokens_se": tokens_se, "finished": mean_and_error(finished)[0]}
+    if estimators:
+        result["estimators"] = estimator_quality(lengths, values)
     if reward is not None:
         scores = measure_reward(reward, prompts, responses, pad_token_id=pad, device=reference_device)
         result["reward"], result["reward_se"] = mean_and_error(scores)
+    judge = judge or (miniature_judge if benchmark["about"] else None)
+    if judge:
+        result["preferences"] = judge(tasks, texts)
+        result["judged"] = sum(p is not None for p in result["preferences"])
+        if result["judged"]:
+            result["win_rate"], result["win_rate_se"] = win_rate(result["preferences"])
+    about = [tokenizer.decode(r) for r in sampled["about"]]
+    if about:
+        result["about_tokens"], result["about_tokens_se"] = mean_and_error([len(r) for r in sampled["about"]])
     if benchmark["about"]:
-        from tiny.annotators import judge
-
-        result["preferences"] = judge(tasks, texts, [task["output"] for task in tasks])
-        result["win_rate"], result["win_rate_se"] = win_rate(result["preferences"])
-        result |= measure_facts(benchmark["about"], [tokenizer.decode(r) for r in sampled["about"]])
+        result |= measure_facts(benchmark["about"], about)
+    elif about:
+        result["about"] = about
     return result | {"responses": texts}
 
 
 def load_benchmark(path: Path, tokenizer, template: str, max_tokens: int) -> dict:
     """Evaluation instructions with their prompts; the miniature world's also bring judges and "Tell me about X".
 
-    {"tasks": records, "prompts": token ids, "about": records, "about_prompts": token ids}; about is empty for other data.
+    {"tasks": records, "prompts": token ids, "about": records, "about_prompts": token ids}; both about are empty for other data.
     """
     found = tokenize_prompts(load_instructions(path), tokenizer, template, max_tokens)
     about_file = Path(path).with_name("about.json")
@@ -261,47 +336,6 @@ def load_benchmark(path: Path, tokenizer, template: str, max_tokens: int) -> dic
             "about": [blank | task for task in about.examples], "about_prompts": about.ids}
 
 
-# ---------------------------------------------------------------------------------------------------------- showing
-
-ROWS = [("win rate, %", "win_rate", 1), ("reward", "reward", 2), ("true KL, nats/token", "true_kl", 4), ("tokens", "tokens", 1),
-        ("finished, %", "finished", 1), ("fact precision, %", "fact_precision", 1), ("facts per answer", "facts", 2),
-        ("repeats per answer", "repeats", 2)]
-
-
-def format_table(columns: dict[str, dict]) -> str:
-    """A table with a column a policy and a row a figure, standard errors behind ±."""
-    lines = [f"{'':<22}" + "".join(f"{name:>18}" for name in columns)]
-    lines.append("-" * len(lines[0]))
-    for title, key, digits in ROWS:
-        cells = [format_cell(result, key, digits) for result in columns.values()]
-        if any(cells):
-            lines.append(f"{title:<22}" + "".join(f"{cell:>18}" for cell in cells))
-    return "\n".join(lines)
-
-
-def format_cell(result: dict, key: str, digits: int) -> str:
-    if key not in result:
-        return ""
-    error = result.get(key + "_se")
-    return f"{result[key]:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
-
-
-def before_after(before: dict, after: dict, tasks: Sequence[dict], pairs: int = 3) -> str:
-    """The table of two evaluations, the paired difference of their win rates, and some answers side by side."""
-    lines = [format_table({"before": before, f"step {after['step']}": after})]
-    if "preferences" in before:
-        difference, error = paired_difference(before["preferences"], after["preferences"])
-        in_errors = f", {difference / error:.1f} standard errors" if error else ""
-        lines.append(f"win rate after − before: {difference:+.1f} ± {error:.1f} points (paired over {before['n']}{in_errors})")
-    changed = [i for i in range(len(tasks)) if before["responses"][i] != after["responses"][i]]
-    if changed:
-        lines += ["", f"{min(pairs, len(changed))} of the {len(changed)} answers that changed, of {len(tasks)} in all:"]
-    for i in changed[::max(1, len(changed) // pairs)][:pairs]:
-        asked = tasks[i]["instruction"] + (f" [{tasks[i]['input']}]" if tasks[i].get("input") else "")
-        lines += ["", f"  {asked}", f"    before: {before['responses'][i]}", f"    after:  {after['responses'][i]}"]
-    return "\n".join(lines)
-
-
 def read_lines(file: Path) -> list[dict]:
     """The records of a JSON-lines file; none when it isn't there."""
     if not file.is_file():
@@ -309,143 +343,139 @@ def read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
-PANELS = [
-    ("reward model's score", [("score_mean", "score"), ("shaped_reward", "shaped (Eq. 3)")]),
-    ("KL to the reference, nats/token", [("true_kl", "true KL"), ("kl_k1", "k1"), ("kl_k3", "k3")]),
-    ("response length, tokens", [("length", "tokens")]),
-    ("share clipped", [("clip_fraction", "policy"), ("value_clip_fraction", "value")]),
-    ("value loss", [("value_loss", "value loss")]),
-]
-COLORS = ["#0072B2", "#D55E00", "#009E73"]  # Okabe and Ito: told apart by colour-blind readers too
-
-
-def draw_curves(run: Path) -> Path | None:
-    """curves.png of a run folder from its metrics.jsonl and evaluations.jsonl; None when matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "evaluations.jsonl")
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    steps = [m["step"] for m in metrics]
-    for axis, (title, lines) in zip(axes.flat, PANELS):
-        for (key, name), color in zip(lines, COLORS):
-            axis.plot(steps, [m[key] for m in metrics], label=name, color=color, linewidth=1.4)
-        axis.set(title=title, xlabel="PPO step")
-        if len(lines) > 1:
-            axis.legend(frameon=False)
-    draw_win_rate(axes.flat[5], evaluations)
-    for axis in axes.flat:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(run.name)
-    part = run / ".curves.part.png"
-    figure.savefig(part, dpi=110)
-    pyplot.close(figure)
-    os.replace(part, run / "curves.png")
-    return run / "curves.png"
-
-
-def draw_win_rate(axis, evaluations: list[dict]) -> None:
-    """Win rate with its standard error where there are judges, else the reward on the evaluation instructions."""
-    key, title = ("win_rate", "win rate, %") if all("win_rate" in e for e in evaluations) else ("reward", "evaluation reward")
-    found = [e for e in evaluations if key in e]
-    axis.errorbar([e["step"] for e in found], [e[key] for e in found], yerr=[e[key + "_se"] for e in found], marker="o",
-                  color=COLORS[0], capsize=3, linewidth=1.4)
-    axis.set(title=f"{title} (± standard error)", xlabel="PPO step")
-
-
 # ---------------------------------------------------------------------------------------------------------- program
 
 
-def evaluate_run(folder: Path, steps: list[int] | None, data: str | None) -> dict[str, dict]:
-    """{"SFT": figures, "step-0020": figures, ...} of a run folder."""
-    import train
-
-    run, config = train.stored_config({"out": str(folder)})
-    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
-    file = data or run.evaluation
-    if file is None:
-        raise ValueError(f"--data is missing: the run in {folder} names no evaluation instructions")
-    benchmark = load_benchmark(file, tokenizer, run.prompt_template, run.query_length)
-    found = {int(p.name.removeprefix("step-")): p for p in train.checkpoints(folder)}
-    missing = [s for s in steps or [] if s not in found]
-    if missing or not found:
-        raise ValueError(f"--step {missing or 'last'}: {folder} holds checkpoints {sorted(found)}")
-    models = train.build_models(run, tokenizer, say=lambda _: None)
-    results = {"SFT": train.evaluate_now(models, run, config, tokenizer, benchmark, "SFT")}
-    for step in steps or [max(found)]:
-        train.load_weights(run, models, found[step])
-        results[found[step].name] = train.evaluate_now(models, run, config, tokenizer, benchmark, found[step].name)
-    return results
+COMMANDS = ("run", "winrate", "report", "chat")
 
 
-def evaluate_adapter(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
-    """{"base": figures, folder's name: figures} of a policy adapter in PEFT's layout. Where its base is the miniature world's
-    model, what is not given comes from that world; the reward is left out, since an adapter names no reward model."""
-    from train import TINY_PRESET
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Without a command, run is meant: python "
+                                     "evaluate.py runs/bregman-s0")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure a run folder or an adapter")
+    run.add_argument("folder", type=Path, help="a run folder of train.py, or an adapter folder in PEFT's layout")
+    run.add_argument("--step", nargs="+", default=[], help="checkpoints of the run to evaluate, or all (default: the last)")
+    run.add_argument("--data", help="evaluation instructions with reference outputs (default: the run's)")
+    run.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N of them")
+    run.add_argument("--kl-tokens", type=int, default=28_000, metavar="N", help="tokens on which the true KL is measured, in the "
+                     "policy's own answers (default: %(default)s, the paper's)")
+    judge = run.add_argument_group("win rate")
+    judge.add_argument("--judge", choices=("auto", "annotators", "reward", "openai", "none"), default="auto",
+                       help="annotators: the miniature world's; reward: a reward model; openai: an LLM behind an "
+                       "OpenAI-compatible endpoint, whose key is read from OPENAI_API_KEY (default auto: annotators in the "
+                       "miniature world, else none)")
+    judge.add_argument("--judge-model", nargs="+", default=[], metavar="NAME", help="the LLM; several are a pool, of which one "
+                       "judges each pair")
+    judge.add_argument("--judge-pool", type=Path, metavar="FILE", help="a pool with prompts of its own: JSON list of {model, "
+                       "name, prompt, temperature, max_tokens}")
+    judge.add_argument("--base-url", default="https://api.openai.com/v1", metavar="URL",
+                       help="of the endpoint (default: %(default)s)")
+    judge.add_argument("--judge-reward", metavar="DIR", help="the reward model that judges (default: the run's own)")
+    judge.add_argument("--judge-seed", type=int, default=0, help="draws judge and order of each pair (default: 0)")
+    judge.add_argument("--judge-timeout", type=float, default=120.0, metavar="SECONDS", help="for an answer (default: 120)")
+    judge.add_argument("--parallel", type=int, default=8, metavar="N", help="calls at once (default: 8)")
+    facts = run.add_argument_group("factuality")
+    facts.add_argument("--topics", type=Path, metavar="FILE", help='one a line, each asked "Tell me a bio of ..."; the answers '
+                       "go to factscore.jsonl")
+    facts.add_argument("--passages", type=Path, metavar="FILE", help="JSON lines {title, text} that the LLM judge checks facts "
+                       "against")
+    adapter = run.add_argument_group("an adapter folder")
+    adapter.add_argument("--policy", help="base model (default: the one it names)")
+    adapter.add_argument("--prompt-template", help="prompt template (default: alpaca)")
+    adapter.add_argument("--temperature", type=float, help="of the sampling (default: 1)")
+    adapter.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    winrate = commands.add_parser("winrate", help="win rate from recorded judgements")
+    winrate.add_argument("--annotations", type=Path, nargs="+", required=True, metavar="FILE", help="AlpacaEval's "
+                         "annotations.json, or JSON lines with a preference; several are runs of one configuration")
+    report = commands.add_parser("report", help="the paper's tables and figures from finished runs")
+    report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders of train.py")
+    report.add_argument("--out", type=Path, required=True, help="folder for report.html, report.md and the pictures")
+    chat = commands.add_parser("chat", help="answers to your instructions, SFT and policy side by side")
+    chat.add_argument("folder", type=Path, metavar="RUN", help="a run folder of train.py")
+    chat.add_argument("--step", type=int, help="checkpoint (default: the last)")
+    chat.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: the run's)")
+    chat.add_argument("--max-tokens", type=int, help="of an answer (default: the run's)")
+    chat.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    return parser
 
-    base = args.policy or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"--policy is missing: {folder}/adapter_config.json names no base model")
-    preset = TINY_PRESET if Path(base).resolve() == Path(TINY_PRESET["policy"]).resolve() else {}
-    data = args.data or preset.get("evaluation")
-    if data is None:
-        raise ValueError(f"--data is missing: name evaluation instructions for the base model {base}")
-    temperature = preset.get("temperature", 1.0) if args.temperature is None else args.temperature
-    template = args.prompt_template or preset.get("prompt_template", "alpaca")
-    tokenizer = load_tokenizer(base).for_template(template)
-    benchmark = load_benchmark(data, tokenizer, template, 192)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = Llama.from_pretrained(base, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
-    load_lora(policy, folder)
 
-    def policy_logits(ids: Tensor, mask: Tensor, keep: int) -> Tensor:
-        return policy(ids, mask, logits_to_keep=keep)
+def check_options(args: argparse.Namespace) -> None:
+    """Contradictions between the flags of `run`."""
+    for name, low in (("limit", 0), ("kl_tokens", 1), ("parallel", 1)):
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+    if not args.judge_timeout > 0:
+        raise ValueError(f"--judge-timeout {args.judge_timeout}: must be above 0")
+    if args.judge == "openai" and bool(args.judge_model) == bool(args.judge_pool):
+        raise ValueError("--judge openai needs --judge-model NAME or --judge-pool FILE, one of them")
+    if args.judge != "openai":
+        for flag in ("judge_model", "judge_pool", "passages"):
+            if getattr(args, flag):
+                raise ValueError(f"--{flag.replace('_', '-')} goes with --judge openai, not {args.judge}")
+    if args.judge_reward and args.judge != "reward":
+        raise ValueError(f"--judge-reward goes with --judge reward, not {args.judge}")
+    if args.passages and not args.topics:
+        raise ValueError("--passages needs --topics: what to ask about, one a line")
 
-    def base_logits(ids: Tensor, mask: Tensor, keep: int) -> Tensor:
-        with lora_disabled(policy):
-            return policy(ids, mask, logits_to_keep=keep)
 
-    results = {}
-    for name, logits, adapter in (("base", base_logits, lora_disabled(policy)), (folder.name, policy_logits, nullcontext())):
-        with adapter:
-            sampled = answer(policy, tokenizer, benchmark, max_new_tokens=preset.get("response_length", 300),
-                             temperature=temperature, seed=args.seed, label=name)
-        results[name] = measure(sampled, logits, base_logits, None, tokenizer, benchmark, temperature=temperature,
-                                policy_device=device, reference_device=device)
-    return results
+def run_command(args: argparse.Namespace) -> None:
+    check_options(args)
+    import folders
+    import show
+
+    results = folders.evaluate_folder(args.folder, args)
+    print(show.format_table(results))
+    last = list(results.values())[-1]
+    if "estimators" in last:
+        print("\n" + show.quality_table(last))
+    unread = {name: r["n"] - r["judged"] for name, r in results.items() if r.get("judged", r["n"]) < r["n"]}
+    if unread:
+        print("judgements that could not be read, left out: " + ", ".join(f"{name} {n}" for name, n in unread.items()))
+    print(f"written to {args.folder}: evaluation.json, with every response, and outputs/ for other evaluators")
+
+
+def winrate_command(args: argparse.Namespace) -> None:
+    rates = []
+    for file in args.annotations:
+        preferences, names = read_annotations(file)
+        try:
+            rate, error = win_rate(preferences)
+        except ValueError as trouble:
+            raise ValueError(f"--annotations {file}: {trouble}") from None
+        n, ties = sum(p is not None for p in preferences), sum(p in (0, 1.5) for p in preferences)
+        print(f"{rate:.2f} ± {error:.2f} %  {names}: n = {n}, {ties} ties (half each), {len(preferences) - n} without a readable "
+              f"preference left out  ({file})")
+        rates.append(rate)
+    if len(rates) > 1:
+        mean, error = bootstrap(rates)
+        print(f"{mean:.2f} ± {error:.2f} %  mean and bootstrap standard error over {len(rates)} files")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="a run folder of train.py, or an adapter folder in PEFT's layout")
-    parser.add_argument("--step", type=int, nargs="+", help="checkpoints of the run to evaluate (default: the last)")
-    parser.add_argument("--data", help="evaluation instructions (default: the run's)")
-    parser.add_argument("--policy", help="base model of an adapter folder (default: the one it names)")
-    parser.add_argument("--prompt-template", help="prompt template for an adapter folder (default: alpaca)")
-    parser.add_argument("--temperature", type=float, help="of the sampling, for an adapter folder (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling, for an adapter folder (default: 0)")
-    args = parser.parse_args()
+    argv = sys.argv[1:]
+    if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
+        argv = ["run", *argv]
+    args = build_parser().parse_args(argv)
     try:
-        if (args.folder / "adapter_config.json").is_file():
-            results = evaluate_adapter(args.folder, args)
-        elif (args.folder / "config.json").is_file():
-            results = evaluate_run(args.folder, args.step, args.data)
+        if args.command == "run":
+            run_command(args)
+        elif args.command == "winrate":
+            winrate_command(args)
+        elif args.command == "report":
+            import report
+
+            report.write(args.folders, args.out)
         else:
-            raise FileNotFoundError(f"{args.folder}: neither a run folder (config.json) nor an adapter (adapter_config.json)")
-    except (ValueError, FileNotFoundError) as error:
+            import chat
+
+            chat.chat(args.folder, args.step, args.temperature, args.max_tokens, args.seed)
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted; what was judged is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, EndpointError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
-    print(format_table(results))
-    file = args.folder / "evaluation.json"
-    part = file.with_name(".evaluation.json.part")
-    part.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
-    print(f"written to {file}, with every response")
     return 0
 
 

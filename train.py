@@ -37,6 +37,7 @@ from tqdm import tqdm
 import evaluate
 import plan
 import ppo
+import show
 from data import (PromptStream, check_vocabulary, describe_tokenizer, left_pad, load_instructions, load_tokenizer,
                   tokenize_prompts)
 from divergences import ESTIMATORS, get_estimator
@@ -589,14 +590,16 @@ def describe(run: RunConfig, config: PPOConfig, models: Models, prompts, say: Ca
         f"a step has {updates} optimiser steps of {config.step_batch_size}, in micro-batches of {config.micro_batch_size}")
 
 
-def evaluate_now(models: Models, run: RunConfig, config: PPOConfig, tokenizer, benchmark: dict, label: str) -> dict:
-    """evaluate.py's figures for the policy as it is, at the temperature of the rollouts."""
+def evaluate_now(models: Models, run: RunConfig, config: PPOConfig, tokenizer, benchmark: dict, label: str, kl_tokens: int = 0,
+                 **measuring) -> dict:
+    """evaluate.py's figures for the policy as it is, at the temperature of the rollouts; measuring: as evaluate.measure's.
+    kl_tokens 0: the true KL on the answers to the benchmark alone."""
     with folded(models.policy):
         sampled = evaluate.answer(models.policy, tokenizer, benchmark, max_new_tokens=config.response_length,
-                                  temperature=config.temperature, seed=run.seed, label=label)
+                                  temperature=config.temperature, seed=run.seed, label=label, kl_tokens=kl_tokens)
     return evaluate.measure(sampled, models.policy_logits, models.reference_logits, models.reward, tokenizer, benchmark,
                             temperature=config.temperature, policy_device=models.policy_device,
-                            reference_device=models.reference_device)
+                            reference_device=models.reference_device, kl_tokens=kl_tokens or 28_000, **measuring)
 
 
 def save_samples(file: Path, step: int, rollout: ppo.Rollout, prompts, rows: list[int], tokenizer) -> None:
@@ -665,8 +668,8 @@ def finish(out: Path, benchmark: dict | None) -> None:
     """The before/after table, three pairs of answers, the picture, and where all of it lies."""
     evaluations = evaluate.read_lines(out / "evaluations.jsonl")
     if evaluations:
-        print("\n" + evaluate.before_after(evaluations[0], evaluations[-1], benchmark["tasks"]))
-    picture = evaluate.draw_curves(out)
+        print("\n" + show.before_after(evaluations[0], evaluations[-1], benchmark["tasks"]))
+    picture = show.draw_curves(out)
     print(f"\nwritten to {out}: {', '.join(sorted(p.name for p in out.iterdir() if not p.name.startswith('.')))}"
           + ("" if picture else "\ncurves.png needs matplotlib: pip install matplotlib"))
 

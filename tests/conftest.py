@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch.overrides import TorchFunctionMode
+from llm_server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -74,6 +75,23 @@ def world(tmp_path_factory) -> Path:
         text = json.dumps([public(record) for record in records], ensure_ascii=False)
         (folder / "data" / f"{name}.json").write_text(text, encoding="utf-8")
     return folder
+
+
+# --- an LLM to ask ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(*script, **settings):
+        servers.append(Server(script, **settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
 
 
 # --- two GPUs that aren't there --------------------------------------------------------------------------------------

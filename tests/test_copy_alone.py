@@ -97,6 +97,19 @@ USES = {
         good, bad = model(ids, (ids > 0).long()).tolist()
         assert good > bad
         """,
+    "judges": """
+        from judges import Verdict, compare
+        def brief(task, first, second): return Verdict(1.0 if len(first) < len(second) else 2.0)
+        tasks = [{"instruction": f"Say {i}."} for i in range(4)]
+        ask = lambda: compare(tasks, ["yes"] * 4, ["certainly"] * 4, {"brief": brief}, file=pathlib.Path("log.jsonl"))
+        assert [r["preference"] for r in ask()] == [2.0] * 4 and ask() == ask()
+        """,
+    "factuality": """
+        from factuality import FactCount, count_facts, fact_figures
+        said = iter([["- Ada was English."], ["True"]])
+        counts = count_facts(["Ada"], ["Ada was English."], {"Ada": ["She was English."]}, lambda prompts, desc: next(said))
+        assert counts == [FactCount(1, 1)] and fact_figures(counts)["factscore"] == 100
+        """,
 }
 
 

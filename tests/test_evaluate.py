@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from itertools import product
 
 import pytest
@@ -10,17 +9,17 @@ import torch
 from conftest import SIZES
 
 import evaluate
+from divergences import ESTIMATORS
 from evaluate import (
-    before_after,
     bootstrap,
-    draw_curves,
-    format_table,
+    estimator_quality,
     mean_and_error,
     measure_reward,
     measure_true_kl,
     paired_difference,
     ratio_and_error,
     sample_responses,
+    token_divergences,
     win_rate,
 )
 from model import Llama, LlamaConfig
@@ -168,6 +167,55 @@ def test_true_kl_stops_after_max_tokens():
     assert kl == 0 and len(seen) == 2 * 2  # 2 + 4 tokens, by policy and reference
 
 
+def test_estimates_stand_beside_the_true_kl_at_every_token():
+    """Each estimator sees the sampled token's two log-probabilities, computed here one sequence at a time."""
+    policy, reference = tiny_llama(0), tiny_llama(1)
+    lengths, values = token_divergences(
+        lambda i, m, keep: policy(i, m, keep), lambda i, m, keep: reference(i, m, keep), PROMPTS, RESPONSES, pad_token_id=PAD,
+        temperature=0.7, policy_device="cpu", reference_device="cpu", batch_size=2,
+        estimators={"kl": ESTIMATORS["kl"], "k3": ESTIMATORS["bregman"]})
+    assert lengths == [len(r) for r in RESPONSES]
+    gaps = []
+    for prompt, response in zip(PROMPTS, RESPONSES):
+        with torch.no_grad():
+            p, q = (torch.log_softmax(m(torch.tensor([prompt + response]))[0] / 0.7, -1) for m in (policy, reference))
+        gaps += [(p - q)[len(prompt) - 1 + t, token].item() for t, token in enumerate(response)]
+    assert values["kl"].tolist() == pytest.approx(gaps, abs=1e-5)
+    assert values["k3"].tolist() == pytest.approx([math.exp(-g) - 1 + g for g in gaps], rel=1e-4, abs=1e-6)
+    quality = estimator_quality(lengths, values)["kl"]
+    errors = values["kl"] - values["true_kl"]
+    assert quality["bias"] == pytest.approx(errors.mean().item(), abs=1e-6)
+    assert quality["mean"] == pytest.approx(sum(gaps) / len(gaps))
+    assert quality["deviation"] == pytest.approx(errors.std().item())
+
+
+def test_an_unbiased_estimator_shows_no_bias_and_a_biased_one_does():
+    """40,000 tokens drawn from π itself: k1 and k3 agree with the true KL within their errors, clamping and k2 don't."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 1, 8)
+    ref_logits = logits + 0.3 * torch.randn(1, 1, 8)
+    tokens = torch.multinomial(logits[0, 0].softmax(-1), 40_000, replacement=True)[None]
+    values = evaluate.divergences_of_batch(logits.expand(1, 40_000, 8), ref_logits.expand(1, 40_000, 8), tokens, 1.0, ESTIMATORS)
+    quality = estimator_quality([1] * 40_000, values)
+    for name in ("kl", "bregman", "clamped_kl", "squared_error", "negative_kl"):
+        unbiased = abs(quality[name]["bias"]) < 3 * quality[name]["bias_se"]
+        assert unbiased is (name in ("kl", "bregman")), name
+    assert quality["bregman"]["deviation"] < quality["kl"]["deviation"]
+
+
+def test_where_answers_have_too_few_tokens_for_the_true_kl_more_are_sampled(world):
+    from data import load_tokenizer
+
+    tokenizer, policy = load_tokenizer(world / "sft"), Llama.from_pretrained(world / "sft")
+    benchmark = evaluate.load_benchmark(world / "data" / "evaluation.json", tokenizer, "tiny", 192)
+    settings = {"max_new_tokens": 5, "temperature": 1.0}
+    plain = evaluate.answer(policy, tokenizer, benchmark, **settings)
+    more = evaluate.answer(policy, tokenizer, benchmark, kl_tokens=200, **settings)
+    assert plain["more"] == [] and plain["responses"] == more["responses"]
+    assert sum(map(len, more["responses"] + more["more"])) >= 200 and len(more["more"]) == len(more["more_prompts"])
+    assert all(prompt in benchmark["prompts"] for prompt in more["more_prompts"])
+
+
 def test_rewards_come_in_the_order_of_the_responses():
     scores = measure_reward(lambda ids, mask, n: (ids * mask).sum(1).float(), PROMPTS, RESPONSES, pad_token_id=9,
                             device="cpu", batch_size=2)
@@ -227,97 +275,11 @@ def test_a_benchmark_without_judges_has_no_win_rate_and_the_miniature_worlds_has
 
     benchmark, result = measured(world / "data" / "evaluation.json")
     assert result["n"] == len(result["responses"]) == len(result["preferences"]) == len(benchmark["tasks"])
-    assert result["true_kl"] == 0 and {"win_rate", "win_rate_se", "fact_precision", "repeats", "reward"} <= set(result)
+    assert result["true_kl"] == 0 and {"win_rate", "win_rate_se", "facts", "repeats", "reward"} <= set(result)
     (world / "plain.json").write_text(json.dumps([{"instruction": "Name a metal."}]))
     benchmark, result = measured(world / "plain.json")
     assert benchmark["about"] == [] and not {"win_rate", "preferences", "fact_precision"} & set(result)
     assert result["reward"] == len(benchmark["prompts"][0]) + result["tokens"]
-
-
-# --- showing -------------------------------------------------------------------------------------------------------
-
-
-def test_the_table_has_a_column_a_policy_and_leaves_out_what_nobody_measured():
-    sft = {"win_rate": 37.04, "win_rate_se": 1.66, "tokens": 20}
-    table = format_table({"SFT": sft, "step-0020": {"tokens": 31.25}})
-    header, _, *rows = table.split("\n")
-    assert header.split() == ["SFT", "step-0020"]
-    assert [row.split() for row in rows] == [["win", "rate,", "%", "37.0", "±", "1.7"], ["tokens", "20.0", "31.2"]]
-    assert len({len(row) for row in (header, rows[1])}) == 1
-
-
-def evaluation(step: int, preferences: list[float]) -> dict:
-    rate, error = win_rate(preferences)
-    return {"step": step, "n": len(preferences), "win_rate": rate, "win_rate_se": error, "preferences": preferences,
-            "responses": [f"answer {i} at {step}" for i in range(len(preferences))]}
-
-
-def test_before_and_after_show_the_paired_difference_and_answers_side_by_side():
-    tasks = [{"instruction": f"Question {i}?", "input": "copper" if i == 2 else ""} for i in range(4)]
-    text = before_after(evaluation(0, [1, 1, 2, 1]), evaluation(40, [1, 2, 2, 2]), tasks, pairs=2)
-    assert "before" in text and "step 40" in text
-    assert "win rate after − before: +50.0 ± 28.9 points (paired over 4, 1.7 standard errors)" in text
-    assert text.count("Question") == 2
-    assert "  Question 2? [copper]\n    before: answer 2 at 0\n    after:  answer 2 at 40" in text
-
-
-def test_answers_that_did_not_change_are_not_shown_as_before_and_after():
-    before, after = evaluation(0, [1, 1, 2]), evaluation(40, [1, 1, 2])
-    after["responses"][:2] = before["responses"][:2]
-    text = before_after(before, after, [{"instruction": f"Question {i}?"} for i in range(3)])
-    assert "1 of the 1 answers that changed, of 3 in all" in text
-    assert text.count("Question") == 1 and "Question 2?" in text
-
-
-def test_before_and_after_without_judges_shows_no_win_rate():
-    before, after = ({"step": step, "n": 1, "tokens": 3.0, "responses": ["x"]} for step in (0, 5))
-    assert "win rate" not in before_after(before, after, [{"instruction": "Say x."}])
-
-
-@pytest.fixture
-def run_folder(tmp_path):
-    keys = [key for _, lines in evaluate.PANELS for key, _ in lines]
-    metrics = [{"step": step} | {key: 0.1 * step for key in keys} for step in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-    evaluations = [evaluation(step, [1, 2, 2]) for step in (0, 3)]
-    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evaluations))
-    return tmp_path
-
-
-def test_the_curves_are_a_readable_picture(run_folder):
-    image = pytest.importorskip("matplotlib.image")
-    file = draw_curves(run_folder)
-    assert file == run_folder / "curves.png"
-    pixels = image.imread(file)
-    assert pixels.shape[0] > 500 and pixels.shape[1] > 1000 and pixels.std() > 0.01
-    assert {p.name for p in run_folder.iterdir()} == {"metrics.jsonl", "evaluations.jsonl", "curves.png"}
-
-
-def test_curves_without_evaluations_or_without_judges_are_drawn_too(run_folder):
-    pytest.importorskip("matplotlib")
-    (run_folder / "evaluations.jsonl").write_text(json.dumps({"step": 0, "reward": 0.1, "reward_se": 0.2}) + "\n")
-    assert draw_curves(run_folder)
-    (run_folder / "evaluations.jsonl").unlink()
-    assert draw_curves(run_folder)
-
-
-def test_a_failed_drawing_leaves_the_last_picture(run_folder, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure")
-    (run_folder / "curves.png").write_bytes(b"the last good picture")
-
-    def fail(self, file, **settings):
-        file.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(figure.Figure, "savefig", fail)
-    with pytest.raises(OSError, match="disk full"):
-        draw_curves(run_folder)
-    assert (run_folder / "curves.png").read_bytes() == b"the last good picture"
-
-
-def test_curves_without_matplotlib_are_left_out_without_an_error(run_folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert draw_curves(run_folder) is None and not (run_folder / "curves.png").exists()
 
 
 # --- program -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import evaluate
 import ppo
 import train
 from data import load_tokenizer
+from divergences import ESTIMATORS
 from lora import add_lora, load_lora, lora_layers, save_lora
 from model import Llama
 from ppo import PPOConfig
@@ -165,7 +166,7 @@ def test_evaluations_stand_before_and_after(finished):
     assert (before["step"], after["step"]) == (0, STEPS)
     for evaluation in (before, after):
         assert evaluation["n"] == len(evaluation["responses"]) == len(evaluation["preferences"]) == 12
-        assert {"win_rate", "win_rate_se", "reward", "true_kl", "tokens", "fact_precision"} <= set(evaluation)
+        assert {"win_rate", "win_rate_se", "reward", "true_kl", "tokens", "facts"} <= set(evaluation)
     assert before["true_kl"] == 0 < after["true_kl"]
 
 
@@ -264,13 +265,19 @@ def test_equal_seeds_give_equal_runs_and_another_seed_another(world, finished, t
 
 
 def test_evaluate_py_measures_a_run_folder_as_the_run_itself_did(copy, monkeypatch, capsys):
-    """SFT and the last checkpoint, built anew from disk, give the figures and responses that training wrote down."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(copy)])
+    """SFT and the last checkpoint, built anew from disk, give the figures and responses that training wrote down; beside
+    them stands what evaluate.py alone measures."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(copy), "--kl-tokens", "1"])
     assert evaluate.main() == 0
-    assert "step-0003" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "step-0003" in out and "what each penalty says" in out
     results = json.loads((copy / "evaluation.json").read_text(encoding="utf-8"))
-    before, after = ({k: v for k, v in e.items() if k != "step"} for e in records(copy / "evaluations.jsonl"))
-    assert results == {"SFT": before, "step-0003": after}
+    before, after = records(copy / "evaluations.jsonl")
+    for result, during in zip(results.values(), (before, after), strict=True):
+        assert result["judge"] == "annotators" and result["step"] == during["step"]
+        assert {k: result[k] for k in during if "kl" not in k} == {k: v for k, v in during.items() if "kl" not in k}
+    assert set(results["step-0003"]["estimators"]) == set(ESTIMATORS) - {"none"}
+    assert {p.name for p in (copy / "outputs" / "step-0003").iterdir()} == {"annotations.json", "model_outputs.json"}
 
 
 def test_evaluate_py_names_the_checkpoints_there_are(copy, monkeypatch, capsys):
