@@ -21,6 +21,7 @@ import train
 from data import format_prompt, load_tokenizer
 from lora import add_lora, load_lora, lora_disabled, lora_weights
 from model import Llama, generate
+from runfolder import require_whole
 
 
 Speaker = tuple[Llama, Callable[[], AbstractContextManager]]  # a model, and what to switch on while it answers
@@ -63,7 +64,7 @@ def chat(folder: Path, step: int | None, temperature: float | None, max_tokens: 
         raise ValueError(f"--step {step or 'last'}: {folder} holds checkpoints {sorted(found)}")
     device = train.resolve_devices(run.policy_device, run.reference_device)[0]
     tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
-    pair = load_pair(run, found[step if step is not None else max(found)], device)
+    pair = load_pair(run, require_whole(found[step if step is not None else max(found)]), device)
     settings = {"temperature": config.temperature if temperature is None else temperature,
                 "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     length, width = max_tokens or config.response_length, shutil.get_terminal_size((110, 24)).columns

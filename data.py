@@ -89,6 +89,8 @@ def _parse_list(path: Path, text: str) -> list:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not JSON: nested too deeply to be read") from None
 
 
 def _parse_lines(path: Path, text: str) -> list:
@@ -102,6 +104,8 @@ def _parse_lines(path: Path, text: str) -> list:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: neither a JSON list nor JSON lines: {error.msg} "
                              f"(line {number}, column {error.colno})") from None
+        except RecursionError:
+            raise ValueError(f"{path}: line {number} is nested too deeply to be read") from None
     return records
 
 
@@ -163,7 +167,7 @@ def get_template(template: str | Template) -> Template:
         texts = json.loads(Path(template).read_text(encoding="utf-8"))
         found = Template(texts["prompt_inputs"], texts["prompt_noinputs"], texts.get("before_response", ""))
         found.with_input.format(instruction="", input=""), found.without_input.format(instruction="")
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError) as error:
         raise ValueError(f"{template}: a template file is JSON with prompt_inputs (slots {{instruction}} and {{input}})"
                          f" and prompt_noinputs ({{instruction}} only): {type(error).__name__} {error}") from None
     return found
@@ -365,7 +369,7 @@ def _read_json(file: Path) -> dict:
         return {}
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")).items())
-    except (ValueError, OSError, AttributeError) as error:
+    except (ValueError, OSError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON object ({_one_line(error)})") from None
 
 

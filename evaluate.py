@@ -337,10 +337,18 @@ def load_benchmark(path: Path, tokenizer, template: str, max_tokens: int) -> dic
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The records of a JSON-lines file; none when it isn't there."""
+    """The records of a JSON-lines file; none when it isn't there. Raises ValueError naming file and line."""
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    records = []
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError):
+            raise ValueError(f"{file}: line {number} is no JSON") from None
+        if records and not isinstance(records[-1], dict):
+            raise ValueError(f"{file}: line {number} is no object")
+    return records
 
 
 # ---------------------------------------------------------------------------------------------------------- program
@@ -349,8 +357,15 @@ def read_lines(file: Path) -> list[dict]:
 COMMANDS = ("run", "winrate", "report", "chat")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the flags in one line, instead of after a page of all that there are."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}; --help lists every flag\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Without a command, run is meant: python "
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog="Without a command, run is meant: python "
                                      "evaluate.py runs/bregman-s0")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure a run folder or an adapter")

@@ -148,7 +148,7 @@ def load_passages(file: str | Path, words: int = 150) -> dict[str, list[str]]:
         try:
             record = json.loads(line)
             title, text = record["title"], record["text"].split()
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'--passages {file}: line {number}: must be {{"title": "...", "text": "..."}}') from None
         found.setdefault(title, []).extend(" ".join(text[i:i + words]) for i in range(0, len(text), words))
     return found

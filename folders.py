@@ -131,7 +131,7 @@ def keep(folder: Path, results: dict[str, dict]) -> Path:
     try:
         older = json.loads(file.read_text(encoding="utf-8"))
         alike = {name: r for name, r in older.items() if all(r.get(k) == first.get(k) for k in ("data", "n", "judge"))}
-    except (FileNotFoundError, ValueError, AttributeError):
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
         alike = {}
     write_json(file, alike | results)
     return file
@@ -233,7 +233,11 @@ def open_run(folder: Path, args: argparse.Namespace) -> tuple[dict, Callable, Se
 def open_adapter(folder: Path, args: argparse.Namespace) -> tuple[dict, Callable | None, Sequence[Policy], str]:
     """The same of a policy adapter in PEFT's layout. Where its base is the miniature world's model, what is not given comes
     from that world; the reward is left out, since an adapter names no reward model."""
-    base = args.policy or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = args.policy or config.get("base_model_name_or_path")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder}/adapter_config.json: no JSON object ({error})") from None
     if not base:
         raise ValueError(f"--policy is missing: {folder}/adapter_config.json names no base model")
     preset = train.TINY_PRESET if Path(base).resolve() == Path(train.TINY_PRESET["policy"]).resolve() else {}

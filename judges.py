@@ -117,7 +117,7 @@ def read_annotations(file: Path) -> tuple[list[float | None], str]:
     text = file.read_text(encoding="utf-8")
     try:
         records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.split("\n") if x.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--annotations {file}: neither a JSON list nor JSON lines ({error})") from None
     preferences = [read_preference(f"--annotations {file}: record {i}", record) for i, record in enumerate(records, start=1)]
     names = {f"{r.get('generator_2', 'output 2')} against {r.get('generator_1', 'output 1')}" for r in records}
@@ -197,7 +197,7 @@ def read_records(file: Path | None) -> dict[str, dict]:
         try:
             record = json.loads(line)
             records[record["key"]] = record
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{file}: line {number} is no record with a key: repair that line or move the file away") from None
     return records
 
@@ -315,8 +315,12 @@ class Endpoint:
         return min(asked, 120.0) if asked >= 0 else min(60.0, self.wait * 2**attempt) * random.uniform(0.75, 1.25)
 
     def _describe(self, error: Exception, status: int | None, attempt: int) -> str:
-        """One line without the key."""
-        what = " ".join((getattr(error, "server_message", None) or str(error)).split()) or type(error).__name__
+        """One line without the key: the server's own words where it has any."""
+        try:
+            words = error.response.text
+        except Exception:  # no response, or one whose body was never read
+            words = ""
+        what = " ".join((words.strip() or str(error)).split())
         what = f"HTTP {status}: {what}" if status else f"{type(error).__name__}: {what}"
         if self.key:
             what = what.replace(self.key, "[key]")
@@ -396,7 +400,7 @@ def load_pool(file: Path, endpoint: Callable[..., Endpoint]) -> dict[str, Judge]
     """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--judge-pool {file}: no JSON ({error})") from None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"--judge-pool {file}: must be a JSON list with at least one judge")

@@ -432,7 +432,7 @@ def _read_adapter(path: Path, part: str | None, value_model: bool = False
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not a JSON object")

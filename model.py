@@ -558,8 +558,8 @@ def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None,
     states give equal samples, and what one row draws doesn't depend on when another ends.
     The model is in eval mode inside (no dropout) and gets its own modes back. `progress` is called with the number of
     unfinished rows at each token. With return_logprobs the result is (responses, logprobs (B, T)): the log-probability
-    of each token under softmax(logits / temperature), float32, 0 after the EOS. Raises ValueError for bad arguments
-    and for logits that are NaN or infinite.
+    of each token under softmax(logits / temperature), float32, 0 after the EOS. Raises ValueError for bad arguments,
+    FloatingPointError for logits that are NaN or infinite.
     With lora.py, merge_lora before and unmerge_lora after a long generation saves its per-token cost.
     """
     if attention_mask is None:
@@ -587,7 +587,7 @@ def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None,
         for t in range(max_new_tokens):
             logits = model.lm_head(state).float()  # (N, V)
             if not bool(logits.amax(-1).isfinite().all()):
-                raise ValueError(f"the model's logits at response token {t} are NaN or infinite: it can't be sampled")
+                raise FloatingPointError(f"the policy's logits at response token {t} are NaN or infinite: it can't be sampled")
             token = sample_tokens(logits, uniforms[t, rows], temperature, top_p)
             responses[rows, t] = token
             if return_logprobs:
@@ -638,7 +638,7 @@ def parse_json(file: Path, build: Callable[[dict[str, Any]], Any]) -> Any:
         if not isinstance(values, dict):
             raise ValueError(f"holds a {type(values).__name__}, not an object")
         return build(values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: {'lacks ' if isinstance(error, KeyError) else ''}{error}") from error
 
 

@@ -23,6 +23,7 @@ Shapes: B batch, P prompt length (left-padded), T response length (right-padded)
 `mask` is (B, T) and true through the first EOS. Log-probabilities, values, rewards and losses are float32.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
@@ -66,6 +67,9 @@ class PPOConfig:
     adam_eps: float = setting(1e-5, "", "Adam's epsilon")
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}: must be a finite number")
         for name in ("rollout_batch_size", "step_batch_size", "micro_batch_size", "rollout_micro_batch_size",
                      "ppo_epochs", "response_length"):
             if getattr(self, name) < 1:
@@ -73,6 +77,9 @@ class PPOConfig:
         for name in ("temperature", "cliprange", "cliprange_value", "max_grad_norm", "learning_rate", "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be above 0")
+        for name in ("beta", "vf_coef", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: must be at least 0")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be from 0 to 1")
@@ -149,6 +156,13 @@ def real(x: Tensor, mask: Tensor) -> Tensor:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over real tokens: each token counts alike, whichever response it is in."""
     return real(x, mask).sum() / mask.sum()
+
+
+def token_mean_error(x: Tensor, mask: Tensor) -> Tensor:
+    """Standard error of masked_mean(x, mask) when responses are independent and their tokens are not."""
+    lengths, n = mask.sum(1), len(mask)
+    residuals = (real(x, mask).float().sum(1) - masked_mean(x, mask) * lengths).square().sum()
+    return (residuals * n / max(1, n - 1)).sqrt() / lengths.sum()
 
 
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
@@ -445,8 +459,28 @@ def collect(policy: Callable, value: Callable, reference: Callable, reward: Call
     if config.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, said["values"], mask, config.gamma, config.lam)
-    return Rollout(prompts, prompt_mask, responses, mask, finished, scores=scores, penalties=penalties, rewards=rewards,
-                   advantages=whiten(advantages, mask), returns=returns, **said)
+    rollout = Rollout(prompts, prompt_mask, responses, mask, finished, scores=scores, penalties=penalties, rewards=rewards,
+                      advantages=whiten(advantages, mask), returns=returns, **said)
+    check_finite(rollout)
+    return rollout
+
+
+class NotFinite(FloatingPointError):
+    """A quantity is NaN or infinite. Raised before an optimiser could take it; `rollout` holds what led to it."""
+
+    def __init__(self, message: str, rollout: Rollout):
+        super().__init__(message)
+        self.rollout = rollout
+
+
+def check_finite(rollout: Rollout) -> None:
+    """Raises NotFinite for the first quantity, in the order in which they are computed, that holds NaN or infinity."""
+    for name in ("logprobs", "ref_logprobs", "values", "scores", "penalties", "rewards", "advantages", "returns"):
+        bad = ~getattr(rollout, name).isfinite()
+        if bool(bad.any()):
+            rows = bad.flatten(1).any(1).nonzero()[:, 0].tolist() if bad.dim() > 1 else bad.nonzero()[:, 0].tolist()
+            raise NotFinite(f"{name} of {len(rows)} of {len(rollout)} responses (the first is number {rows[0] + 1}) are NaN or "
+                            "infinite", rollout)
 
 
 def rollout_stats(rollout: Rollout) -> dict[str, float]:
@@ -462,9 +496,11 @@ def rollout_stats(rollout: Rollout) -> dict[str, float]:
         "score_std": rollout.scores.std(correction=0),
         "penalty": masked_mean(rollout.penalties, mask),
         "kl_k1": masked_mean(gap, mask),
+        "kl_k1_se": token_mean_error(gap, mask),
         "kl_k3": masked_mean(torch.expm1(-gap) + gap, mask),
         "length": mask.sum(1).float().mean(),
         "finished": rollout.finished.float().mean(),
+        "empty": (rollout.finished & (mask.sum(1) == 1)).float().mean(),
         "explained_variance": 1 - masked_variance(rollout.returns - rollout.values, mask)
         / masked_variance(rollout.returns, mask).clamp(min=1e-8),
     }
@@ -545,7 +581,7 @@ def gradient_step(policy: Callable, value: Callable, rollout: Rollout, rows: Ten
 
     Each micro-batch counts by its share of the tokens, so any split gives the gradient of the undivided batch; a mean
     of means would weight tokens by the length of the responses beside them. (The released code goes over the same
-    micro-batch again and again, and clips in between.) Raises FloatingPointError before a NaN could reach a weight.
+    micro-batch again and again, and clips in between.) Raises NotFinite before a NaN could reach a weight.
     """
     lengths = rollout.prompt_mask[rows].sum(1) + rollout.mask[rows].sum(1)
     rows = rows[lengths.argsort(stable=True)]  # any split will do: like lengths together waste least
@@ -569,7 +605,7 @@ def gradient_step(policy: Callable, value: Callable, rollout: Rollout, rows: Ten
     stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)  # the norm before clipping
     for name in ("policy_loss", "value_loss", "grad_norm"):
         if not stats[name].isfinite():
-            raise FloatingPointError(f"{name} is {stats[name].item()}; stopped before the optimiser step")
+            raise NotFinite(f"{name} is {stats[name].item()}; stopped before the optimiser step", rollout)
     optimizer.step()
     return stats
 
@@ -587,7 +623,7 @@ def update(policy: Callable, value: Callable, rollout: Rollout, optimizer: torch
     The optimiser holds every trained parameter of policy and value; their joint gradient norm is clipped once per step.
     generator (CPU) alone decides the order, so that a resumed run repeats it. Returns each statistic's mean over all
     steps (ratio_max: the largest). Raises ValueError when step_batch_size does not divide the rollout,
-    FloatingPointError when a loss or gradient is not finite.
+    NotFinite when a loss or gradient is not.
     """
     require_divisible("rollout of", len(rollout), "step_batch_size", config.step_batch_size)
     history = []

@@ -14,7 +14,7 @@ import html
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -73,15 +73,15 @@ class Configuration:
 
 def load_run(folder: Path) -> Run:
     """Raises ValueError where the folder is no run, or one that was never evaluated."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: holds no config.json, so it is no run folder of train.py") from None
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json: no JSON ({error})") from None
-    during = {e["step"]: e for e in read_lines(folder / "evaluations.jsonl")}
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: holds no config.json, so it is no run folder of train.py")
+    config = read_object(folder / "config.json")
+    missing = [key for key in ("estimator", "tuning", "lora_dropout") if key not in config]
+    if missing:
+        raise ValueError(f"{folder}/config.json: lacks {missing[0]}: it is no configuration of a run")
+    during = by_step(folder / "evaluations.jsonl", read_lines(folder / "evaluations.jsonl"))
     file = folder / "evaluation.json"
-    after = {e["step"]: e for e in json.loads(file.read_text(encoding="utf-8")).values() if "step" in e} if file.is_file() else {}
+    after = by_step(file, read_object(file).values()) if file.is_file() else {}
     if after:
         newest = next(iter(after.values()))
         alike = (newest["n"], newest.get("judge", "annotators"))
@@ -91,6 +91,25 @@ def load_run(folder: Path) -> Run:
         raise ValueError(f"{folder}: has no evaluation of SFT and of a checkpoint; python evaluate.py {folder} --step all makes "
                          "them")
     return Run(folder, config, evaluations)
+
+
+def read_object(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return dict(content.items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: no JSON object ({error})") from None
+
+
+def by_step(file: Path, evaluations: Iterable[dict]) -> dict[int, dict]:
+    """Evaluations by their PPO step, with the figures that every table needs."""
+    found = {}
+    for e in evaluations:
+        lacks = [key for key in ("step", "n", "true_kl", "true_kl_se", "tokens", "tokens_se", "responses") if key not in e]
+        if lacks:
+            raise ValueError(f"{file}: an evaluation lacks {lacks[0]}: it was written by another version, or by hand")
+        found[e["step"]] = e
+    return found
 
 
 def configurations(runs: Sequence[Run]) -> list[Configuration]:
@@ -258,7 +277,7 @@ def table_3(found: Sequence[Configuration]) -> Table | None:
     for c, last in measured:
         true, quality = last["true_kl"], last["estimators"]
         rows.append([f"{c.adaptation} PPO, {c.regularization}", f"{true:.4f} ± {last['true_kl_se']:.4f}",
-                     *(f"{quality[n]['bias'] / true:+.2f} ({quality[n]['deviation'] / true:.1f})" for n in names)])
+                     *(f"{round(quality[n]['bias'] / true, 2) + 0.0:+.2f} ({quality[n]['deviation'] / true:.1f})" for n in names)])
     tokens = sorted({last["kl_tokens"] for _, last in measured})
     span = " to ".join(f"{t:,}" for t in dict.fromkeys([tokens[0], tokens[-1]]))
     return Table("Table 3. How good are the estimates of KL?", ["Policy trained with", "True KL per token",
@@ -343,10 +362,13 @@ def figure_3(pyplot, found: Sequence[Configuration], file: Path) -> Figure:
             axes[0].errorbar(kl, [e[key] for e in run.evaluations], yerr=[e[key + "_se"] for e in run.evaluations], capsize=2,
                              linewidth=0.7, elinewidth=0.7, markersize=5, label=c.name if run is c.runs[0] else None, **style)
             if "reward" in run.evaluations[0]:
+                axes[1].errorbar([math.sqrt(k) for k in kl], [e["reward"] for e in run.evaluations],
+                                 yerr=[e["reward_se"] for e in run.evaluations], fmt="none", ecolor=style["color"],
+                                 elinewidth=0.7, capsize=2)
                 axes[1].scatter([math.sqrt(k) for k in kl], [e["reward"] for e in run.evaluations], s=28, zorder=3,
                                 label=c.name if run is c.runs[0] else None, **style)
     axes[0].set(xlabel="true KL to SFT, nats per token", ylabel=label)
-    axes[1].set(xlabel="√ true KL", ylabel="reward (standardised)")
+    axes[1].set(xlabel="√KL, KL in nats per token", ylabel="reward (standardised)")
     points = [(math.sqrt(max(0.0, e["true_kl"])), e["reward"])
               for c in found for run in c.runs for e in run.evaluations if "reward" in e]
     fit = fit_bend(*zip(*points, strict=True)) if points else None
@@ -373,7 +395,7 @@ def fit_in_words(fit: Bend | None) -> str:
         return "Too few points for a fit of reward over √KL."
     line = f"Reward is {fit.intercept:.2f} + {fit.slope:.2f} · √KL (R² {fit.r_squared:.2f})"
     if fit.corner is None:
-        return line + " over all points: a bend would not fit better (BIC), so no over-optimisation shows."
+        return line + " over all points: a bend would not fit better (BIC). So the reward itself shows no over-optimisation."
     way = "falls" if fit.slope_after < -0.1 * abs(fit.slope) else "is flat" if fit.slope_after < 0.25 * fit.slope else "goes on"
     return line + f" up to √KL = {fit.corner:.2f}; beyond, it {way} (slope {fit.slope_after:.2f})."
 

@@ -206,6 +206,11 @@ def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
     stored = {"mean": -head.get("bias", torch.zeros(1)).item(), "std": 1.0}
     if (directory / "reward_config.json").is_file():
         stored |= _read_json(directory / "reward_config.json", "")
+    for name, low in (("mean", -math.inf), ("std", 0.0)):
+        value = stored[name]
+        if type(value) not in (int, float) or not low < value < math.inf:
+            raise ValueError(f"{directory}/reward_config.json: {name} is {value!r}: must be a number"
+                             + (" above 0" if name == "std" else ""))
     with torch.no_grad():
         model.score.weight.copy_(head["weight"])
         model.mean.fill_(stored["mean"])
@@ -266,8 +271,11 @@ def _read_json(file: Path, hint: str) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; {hint}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__}, not an object")
+        return content
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
 
 

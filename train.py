@@ -18,8 +18,7 @@ is saved after step N with every random state, so a resumed run repeats the run 
 import argparse
 import copy
 import json
-import os
-import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +46,9 @@ from lora import (add_lora, load_lora, lora_cast, lora_disabled, lora_layers, lo
 from model import Llama, ValueModel, generate, open_checkpoint, write_atomically
 from ppo import PPOConfig
 from reward import Reward, RewardModel, is_rule, load_rule, reward_config, rule_scorer, same_ids, scorer
+from runfolder import (append_line, checkpoints, cut_after, flush, newest_whole, prune, require_whole, save_whole, sweep,
+                       write_text)
+from watch import Watch
 
 # Which model lives where (the paper's two GPUs, "Limitations"). --policy-device and --reference-device override it; with
 # fewer devices both fall to what there is, and models with the same frozen weights then share them.
@@ -85,6 +87,7 @@ class RunConfig:
     seed: int = setting(0, "run", "", "decides initialisation, sampling, dropout and the order of the data")
     steps: int = setting(100, "run", "PPO steps", "how many to take")
     save_every: int = setting(20, "run", "PPO steps", "between checkpoints; the last step is always saved")
+    keep: int = setting(0, "run", "checkpoints", "the newest that are kept; 0: all")
     eval_every: int = setting(0, "run", "PPO steps", "between evaluations during training; 0: before and after only")
     policy_device: str = setting(POLICY_DEVICE, "placement", "", "holds policy and value")
     reference_device: str = setting(REFERENCE_DEVICE, "placement", "", "holds reference and reward")
@@ -101,9 +104,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         get_estimator(self.estimator)
-        for name, low in (("steps", 1), ("save_every", 1), ("eval_every", 0), ("query_length", 1), ("lora_rank", 1)):
+        for name, low in (("steps", 1), ("save_every", 1), ("keep", 0), ("eval_every", 0), ("query_length", 1), ("lora_rank", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be at least {low}")
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"lora_alpha is {self.lora_alpha}: must be a finite number above 0")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}: from 0 up to but not 1")
         if self.adapter and self.tuning == "full":
@@ -126,8 +131,8 @@ def flag_type(annotation: Any) -> type:
 
 def build_parser() -> argparse.ArgumentParser:
     """A flag for every field of both configurations; unset flags stay out of the namespace."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = evaluate.Parser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
+                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--plan", action="store_true", help="print the memory that the run needs on each device, and stop")
     groups: dict[str, Any] = {}
@@ -171,16 +176,32 @@ def stored_config(given: dict[str, Any]) -> tuple[RunConfig, PPOConfig]:
     file = out / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"--resume: {file} not found: there is no run in {out} to go on with")
-    stored = json.loads(file.read_text(encoding="utf-8")) | {"out": str(out)}
-    missing = [f.name for config in (RunConfig, PPOConfig) for f in fields(config) if f.name not in stored]
-    if missing:
-        raise ValueError(f"{file}: lacks {missing[0]}: written by another version of train.py")
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError(f"holds a {type(stored).__name__}, not an object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: is no configuration of a run ({error})") from None
+    stored |= {"out": str(out)}
+    for f in (f for config in (RunConfig, PPOConfig) for f in fields(config)):
+        if f.name not in stored:
+            raise ValueError(f"{file}: lacks {f.name}: written by another version of train.py")
+        if not is_of_type(stored[f.name], f.type):
+            raise ValueError(f"{file}: {f.name} is {stored[f.name]!r}: must be {getattr(f.type, '__name__', f.type)}")
     for name, value in given.items():
         if name != "out" and stored.get(name) != value:
             raise ValueError(f"--resume: --{name.replace('_', '-')} {value} differs from the run's {stored.get(name)}: "
                              "leave the flag away, or start a new run in another --out")
     return (RunConfig(**{f.name: stored[f.name] for f in fields(RunConfig)}),
             PPOConfig(**{f.name: stored[f.name] for f in fields(PPOConfig)}))
+
+
+def is_of_type(value: Any, annotation: Any) -> bool:
+    """Whether a value read from JSON is what a field is declared as; a whole number will do for a float."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
 
 
 # Placement ------------------------------------------------------------------------------------------------------------
@@ -314,6 +335,9 @@ def load_reward(run: RunConfig, tokenizer, dtype: torch.dtype, device: str, say:
     model = RewardModel.from_pretrained(run.reward, dtype=dtype, device=device).requires_grad_(False)
     its_own = load_tokenizer(run.reward).for_template(run.prompt_template)
     check_vocabulary(its_own, model.backbone.config.vocab_size, f"--reward {run.reward}")
+    if len(its_own) != len(tokenizer):
+        say(f"warning: the policy's tokenizer has {len(tokenizer):,} tokens and the reward model's {len(its_own):,}: they are "
+            "not one vocabulary")
     return model, scorer(model, tokenizer, its_own, say), same_ids(tokenizer, its_own)
 
 
@@ -337,6 +361,9 @@ def start_from(run: RunConfig, model: Llama, say: Callable[[str], None] = lambda
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
+LINES = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
+
+
 @dataclass
 class State:
     """Everything beside the weights that decides how a run goes on."""
@@ -350,34 +377,62 @@ class State:
 
 
 def save_checkpoint(out: Path, run: RunConfig, models: Models, state: State) -> Path:
-    """step-0020/{policy,value,trainer}, written beside its place and renamed, so that a name means a whole checkpoint."""
-    final = out / f"step-{state.step:04d}"
-    part = out / f".{final.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "trainer").mkdir(parents=True)
-    (part / "value").mkdir()
-    if run.tuning == "lora":
-        save_lora(models.policy, part / "policy", base_model_name_or_path=str(run.policy))
-        base = run.policy if is_rule(run.reward) else run.reward
-        save_lora(models.value, part / "value", base_model_name_or_path=str(base))
-    else:
-        models.policy.save_pretrained(part / "policy")
-        models.value.backbone.save_pretrained(part / "value")
-    head = {name: tensor.detach().cpu() for name, tensor in models.value.head.state_dict().items()}
-    write_atomically(part / "value" / "value_head.safetensors", lambda file: save_file(head, file))
+    """step-0020/{policy,value,trainer}, whole or not at all; with --keep, older ones go."""
+    def write(part: Path) -> None:
+        (part / "trainer").mkdir()
+        (part / "value").mkdir()
+        if run.tuning == "lora":
+            save_lora(models.policy, part / "policy", base_model_name_or_path=str(run.policy))
+            base = run.policy if is_rule(run.reward) else run.reward
+            save_lora(models.value, part / "value", base_model_name_or_path=str(base))
+        else:
+            models.policy.save_pretrained(part / "policy")
+            models.value.backbone.save_pretrained(part / "value")
+        head = {name: tensor.detach().cpu() for name, tensor in models.value.head.state_dict().items()}
+        write_atomically(part / "value" / "value_head.safetensors", lambda file: save_file(head, file))
+        write_state(part / "trainer" / "state.pt", models, state)
+
+    for name in LINES:
+        if (out / name).is_file():
+            flush(out / name)  # a checkpoint must not know more than the lines beside it
+    final = save_whole(out / f"step-{state.step:04d}", write)
+    prune(out, run.keep)
+    return final
+
+
+def write_state(file: Path, models: Models, state: State) -> None:
+    """Optimiser, position in the data, beta and every random state."""
     random_states = {"torch": torch.get_rng_state(), "sampling": state.sampling.get_state(),
                      "shuffling": state.shuffling.get_state()}
     if models.policy_device.startswith("cuda"):
         random_states["cuda"] = torch.cuda.get_rng_state(models.policy_device)
-    torch.save({"step": state.step, "beta": state.beta, "stream": state.stream.state_dict(), "random": random_states,
-                "optimizer": state.optimizer.state_dict()}, part / "trainer" / "state.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
-    return final
+    try:
+        torch.save({"step": state.step, "beta": state.beta, "stream": state.stream.state_dict(), "random": random_states,
+                    "optimizer": state.optimizer.state_dict()}, file)
+    except RuntimeError as error:  # torch's kind for a full disk
+        raise OSError(f"{file}: cannot be written ({str(error).splitlines()[0]})") from error
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """What write_state wrote, without running any code that a foreign file may hold. Raises ValueError."""
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(stored, dict):
+            raise ValueError(f"holds a {type(stored).__name__}")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch, pickle and zip each raise their own kinds
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file}: is no state of a trainer, or damaged ({what})") from None
+    missing = [name for name in ("step", "beta", "stream", "random", "optimizer") if name not in stored]
+    if missing:
+        raise ValueError(f"{file}: lacks {missing[0]}")
+    return stored
 
 
 def load_weights(run: RunConfig, models: Models, folder: Path) -> None:
     """Policy and value of a checkpoint into models that were built with the same configuration."""
+    require_whole(folder)
     if run.tuning == "lora":
         load_lora(models.policy, folder / "policy")
         load_lora(models.value, folder / "value")
@@ -390,7 +445,7 @@ def load_weights(run: RunConfig, models: Models, folder: Path) -> None:
 def load_checkpoint(run: RunConfig, models: Models, state: State, folder: Path) -> None:
     """Everything save_checkpoint wrote, back in place."""
     load_weights(run, models, folder)
-    stored = torch.load(folder / "trainer" / "state.pt", map_location="cpu", weights_only=True)
+    stored = read_state(folder / "trainer" / "state.pt")
     state.optimizer.load_state_dict(stored["optimizer"])
     state.stream.load_state_dict(stored["stream"])
     state.step, state.beta = stored["step"], stored["beta"]
@@ -401,40 +456,19 @@ def load_checkpoint(run: RunConfig, models: Models, state: State, folder: Path) 
         torch.cuda.set_rng_state(stored["random"]["cuda"], models.policy_device)
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(p for p in out.glob("step-*") if (p / "trainer" / "state.pt").is_file())
-
-
 def check_run_folder(out: Path, resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None for a new run; an error when the folder holds another run's results."""
+    """The checkpoint to resume from, or None to begin at the beginning; an error when the folder holds another run's results."""
     if resume:
-        found = checkpoints(out)
-        if not found:
-            raise FileNotFoundError(f"--resume: no whole checkpoint in {out}: delete the folder to start anew")
-        return found[-1]
+        sweep(out)
+        found = newest_whole(out)
+        if found is None and checkpoints(out):
+            raise ValueError(f"--resume: no checkpoint in {out} is whole: delete the folder to start anew")
+        if found is None:
+            print(f"{out} holds no checkpoint yet: the run begins again")
+        return found
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} already holds files: --resume goes on with that run, another --out starts a new one")
     return None
-
-
-def write_text(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
-
-
-def append_line(file: Path, record: dict) -> None:
-    with open(file, "a", encoding="utf-8") as out:
-        out.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def cut_after(file: Path, step: int) -> None:
-    """Drops the lines of steps that the checkpoint has not seen: a resumed run writes them again."""
-    if file.is_file():
-        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]  # a response may hold U+2028
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_text(file, "".join(line + "\n" for line in kept))
 
 
 # One PPO step ---------------------------------------------------------------------------------------------------------
@@ -544,6 +578,10 @@ def ppo_step(models: Models, state: State, run: RunConfig, config: PPOConfig, to
     return {"step": state.step, "learning_rate": rate} | metrics | seconds, rollout, rows
 
 
+class SelfCheckError(RuntimeError):
+    """The arithmetic of rollout, reference and update does not agree."""
+
+
 def self_check(models: Models, rollout: ppo.Rollout, config: PPOConfig) -> None:
     """Before the first update the ratio is 1 and the reference is the policy; anything else is a bug and stops the run."""
     found = ppo.self_check(models.policy_logits, rollout, config)
@@ -553,8 +591,8 @@ def self_check(models: Models, rollout: ppo.Rollout, config: PPOConfig) -> None:
     tokens = int(rollout.mask.sum())
     line = (f"self-check over {tokens:,} tokens: ratio 1 ± {found['ratio_error']:.1e} (mean {found['ratio_error_mean']:.1e}), "
             f"|log π − log π_ref| ≤ {found['reference_gap']:.1e} before the first update")
-    if max(error, found["reference_gap"]) > tolerance:
-        raise RuntimeError(f"{line}: must be 0 within {tolerance}; masks, positions or weights disagree")
+    if not (error <= tolerance and found["reference_gap"] <= tolerance):  # NaN is none of both
+        raise SelfCheckError(f"{line}: must be 0 within {tolerance}; masks, positions or weights disagree")
     tqdm.write(line)
 
 
@@ -629,20 +667,85 @@ def train(run: RunConfig, config: PPOConfig, resume: bool = False) -> Path:
     describe(run, config, models, prompts)
     if checkpoint:
         load_checkpoint(run, models, state, checkpoint)
-        for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
-            cut_after(out / name, state.step)
         print(f"resumed from {checkpoint}")
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "config.json", json.dumps(asdict(run) | asdict(config), indent=2) + "\n")
-    loop(run, config, models, state, tokenizer, prompts, benchmark)
+    for name in LINES:
+        cut_after(out / name, state.step if checkpoint else -1)
+    with Interrupts() as interrupts:
+        try:
+            loop(run, config, models, state, tokenizer, prompts, benchmark, interrupts)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {state.step + 1}: {error}{save_bundle(out, state.step + 1, error)}; "
+                                     f"{checkpoints_line(out)}") from error
+    if interrupts.caught:
+        raise Stopped(f"stopped by {interrupts.caught.name} after step {state.step} of {run.steps}; go on with: python train.py "
+                      f"--resume --out {out}", interrupts.caught)
     finish(out, benchmark)
     return out
 
 
-def loop(run: RunConfig, config: PPOConfig, models: Models, state: State, tokenizer, prompts, benchmark: dict | None) -> None:
-    """Steps until the last one, with a checkpoint every save_every and evaluations before, after and every eval_every."""
+class Stopped(Exception):
+    """A signal ended the run in good order."""
+
+    def __init__(self, message: str, caught: signal.Signals):
+        super().__init__(message)
+        self.exit_code = 128 + caught
+
+
+class Interrupts:
+    """While inside, the first SIGINT or SIGTERM is remembered in `caught`, for the loop to end after its step; the second one
+    ends the process at once."""
+
+    def __init__(self) -> None:
+        self.caught: signal.Signals | None = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        try:
+            self.before = {s: signal.signal(s, self.catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread, which alone may handle signals
+            pass
+        return self
+
+    def catch(self, number: int, frame: Any) -> None:
+        self.caught = signal.Signals(number)
+        tqdm.write(f"{self.caught.name}: finishes this step and saves; once more ends at once")
+        for s in self.before:
+            signal.signal(s, signal.SIG_DFL)
+
+    def __exit__(self, *_: Any) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def save_bundle(out: Path, step: int, error: FloatingPointError) -> str:
+    """The rollout that led to NaN or infinity, for whoever looks for the cause; returns the words that say where it is."""
+    rollout = getattr(error, "rollout", None)
+    if rollout is None:
+        return ""
+    file = out / f"debug-step-{step:04d}.pt"
+    tensors = {f.name: getattr(rollout, f.name).detach().cpu() for f in fields(rollout)}
+    try:
+        write_atomically(file, lambda part: torch.save({"step": step, "error": str(error)} | tensors, part))
+    except (OSError, RuntimeError) as trouble:
+        return f"; the batch could not be saved ({str(trouble).splitlines()[0]})"
+    return f"; the batch is in {file}"
+
+
+def checkpoints_line(out: Path) -> str:
+    """What there is to go on from."""
+    found = newest_whole(out)
+    return f"the last checkpoint is {found}" if found else "there is no checkpoint yet"
+
+
+def loop(run: RunConfig, config: PPOConfig, models: Models, state: State, tokenizer, prompts, benchmark: dict | None,
+         interrupts: Interrupts) -> None:
+    """Steps until the last one or a signal, with a checkpoint every save_every and evaluations before, after and every
+    eval_every."""
     out = Path(run.out)
+    watch = Watch(evaluate.read_lines(out / "metrics.jsonl"))
 
     def evaluation(label: str) -> None:
         result = evaluate_now(models, run, config, tokenizer, benchmark, label)
@@ -652,15 +755,17 @@ def loop(run: RunConfig, config: PPOConfig, models: Models, state: State, tokeni
         if benchmark and state.step == 0:
             evaluation("before")
         tqdm.write(LEGEND)
-        while state.step < run.steps:
+        while state.step < run.steps and not interrupts.caught:
             metrics, rollout, rows = ppo_step(models, state, run, config, tokenizer, prompts)
             append_line(out / "metrics.jsonl", metrics)
             tqdm.write(step_line(metrics))
+            for line in watch(metrics):
+                tqdm.write(line)
             bar.update()
             save_samples(out / "samples.jsonl", state.step, rollout, prompts, rows[:4], tokenizer)
             if benchmark and (state.step == run.steps or run.eval_every and state.step % run.eval_every == 0):
                 evaluation(f"step {state.step}")
-            if state.step % run.save_every == 0 or state.step == run.steps:
+            if state.step % run.save_every == 0 or state.step == run.steps or interrupts.caught:
                 save_checkpoint(out, run, models, state)
 
 
@@ -717,9 +822,19 @@ def main() -> int:
             print(plan_of(run, config))
         else:
             train(run, config, resume)
-    except (ValueError, FileNotFoundError) as error:
+    except Stopped as stopped:
+        print(stopped)
+        return stopped.exit_code
+    except (ValueError, FileNotFoundError, PermissionError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except (OSError, FloatingPointError, SelfCheckError) as error:  # a full disk, NaN, arithmetic that doesn't agree
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: {str(error).splitlines()[0]}; python train.py --plan with the same flags says what to turn",
+              file=sys.stderr)
+        return 1
     return 0
 
 

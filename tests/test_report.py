@@ -197,7 +197,7 @@ def test_runs_without_a_judge_are_reported_by_their_reward(tmp_path):
 
 
 def test_the_words_under_figure_3_follow_the_fit():
-    assert "no over-optimisation shows" in report.fit_in_words(report.Bend(0, 1, None, 1, 0.9))
+    assert "the reward itself shows no over-optimisation" in report.fit_in_words(report.Bend(0, 1, None, 1, 0.9))
     assert "beyond, it falls" in report.fit_in_words(report.Bend(0, 1, 0.4, -1, 0.9))
     assert "beyond, it is flat" in report.fit_in_words(report.Bend(0, 1, 0.4, 0.05, 0.9))
     assert "Too few points" in report.fit_in_words(None) and math.isclose(report.Bend(0, 1, 0.4, -1, 0.9)(0.5), 0.3)

@@ -102,7 +102,7 @@ def test_a_run_folder_holds_all_of_the_run(finished):
     names = {p.name for p in finished.iterdir()} - {"curves.png"}  # needs matplotlib
     assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"} | {
         f"step-{n:04d}" for n in range(1, STEPS + 1)}
-    assert {p.name for p in (finished / "step-0002").iterdir()} == {"policy", "value", "trainer"}
+    assert {p.name for p in (finished / "step-0002").iterdir()} == {"policy", "value", "trainer", "manifest.json"}
 
 
 def test_config_json_names_every_field_and_gives_the_run_back(finished, world):
@@ -114,7 +114,7 @@ def test_config_json_names_every_field_and_gives_the_run_back(finished, world):
 def test_metrics_have_one_line_a_step_with_finite_numbers(finished):
     metrics = records(finished / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
-    documented = {"step", "learning_rate", "beta", "score_mean", "score_std", "shaped_reward", "penalty", "kl_k1",
+    documented = {"step", "learning_rate", "beta", "score_mean", "score_std", "shaped_reward", "penalty", "kl_k1", "kl_k1_se", "empty",
                   "kl_k3", "true_kl", "length", "finished", "explained_variance", "policy_loss", "value_loss",
                   "clip_fraction", "value_clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entropy", "grad_norm",
                   "seconds_generate", "seconds_score", "seconds_update"}
@@ -629,10 +629,6 @@ def test_resuming_where_there_is_no_run_is_named(world, copy, tmp_path, monkeypa
     code, error = call(monkeypatch, capsys, ["--resume", "--out", str(tmp_path / "nothing")])
     assert code == 2 and "there is no run in" in error and error.count("\n") == 1
     assert not (tmp_path / "nothing").exists()
-    for step in train.checkpoints(copy):
-        shutil.rmtree(step)
-    code, error = call(monkeypatch, capsys, ["--resume", "--out", str(copy)])
-    assert code == 2 and "no whole checkpoint in" in error and error.count("\n") == 1
 
 
 def test_resuming_with_the_same_flags_is_allowed(world, copy, finished, monkeypatch, capsys):

@@ -1,0 +1,282 @@
+"""Mutates every kind of file that the programs read, thousands of times, and loads each: nothing may crash, hang or swell.
+
+    python bench/fuzz.py                      # 3,000 mutations of each kind of file
+    python bench/fuzz.py --only gguf --count 10000 --seed 1
+
+A loader may succeed, or raise ValueError or OSError with a message of one line, which the programs print before they exit with
+code 2. Anything else is a finding: another exception, a killed process, more than --seconds for one file, or a peak memory
+more than --megabytes above that of the unmutated file. Each kind runs in a process of its own. Exit code 1 on findings.
+"""
+
+import argparse
+import json
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+# ----------------------------------------------------------------------------------------------------------- mutation
+
+NASTY = [b"", b"\x00", b"\xff\xff\xff\xff", b"-1", b"999999999999", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'""',
+         b"../../etc/passwd", b"/etc/passwd", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000,
+         b"\xed\xa0\x80", b"\\ud800", b"\xe2\x80\xa8", b"__reduce__"]
+NUMBER = re.compile(rb"-?\d+(?:\.\d+)?")
+NUMBERS = [b"0", b"-1", b"1", b"4294967297", b"1e308", b"null", b'"x"', b"[1]", b"1" * 30]
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """One to three changes: bytes flipped, cut, doubled, moved, a number or a JSON value exchanged."""
+    data = bytearray(content)
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        # Headers decide what a loader does, so half of the changes fall into the first 2,000 bytes.
+        reach = min(len(data), 2000) if rng.random() < 0.5 else len(data)
+        at = rng.randrange(reach + 1)
+        length = min(len(data) - at, rng.choice([1, 2, 4, 8, 50, 1000]))
+        what = rng.randrange(8)
+        if what == 0 and at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+        elif what == 1:
+            data[at:at + length] = rng.randbytes(length)
+        elif what == 2:
+            del data[at:at + length]
+        elif what == 3:
+            data[at:at] = data[at:at + length]
+        elif what == 4:
+            data = data[:at]
+        elif what == 5:
+            data[at:at + rng.choice([0, 1, 8])] = rng.choice(NASTY)
+        elif what == 6 and (numbers := list(NUMBER.finditer(data[:reach]))):
+            number = rng.choice(numbers)
+            data[number.start():number.end()] = rng.choice(NUMBERS)
+        elif what == 7:
+            other = rng.randrange(len(data) + 1)
+            data[at:at + length] = data[other:other + length]
+    return bytes(data)
+
+
+# --------------------------------------------------------------------------------------------------- files and loaders
+
+
+def tiny_files(folder: Path) -> None:
+    """One small file of every kind."""
+    import torch
+
+    from lora import add_lora, save_lora
+    from model import Llama, LlamaConfig, ValueModel
+    from reward import RewardModel
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=40, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1)
+    model = Llama(LlamaConfig(**sizes))
+    model.save_pretrained(folder / "model")
+    RewardModel(Llama(LlamaConfig(**sizes))).save_pretrained(folder / "reward")
+    shutil.copytree(folder / "model", folder / "binary")
+    torch.save(dict(model.named_parameters()), folder / "binary" / "pytorch_model.bin")
+    (folder / "binary" / "model.safetensors").unlink()
+    shutil.copytree(folder / "model", folder / "sharded")
+    (folder / "sharded" / "model.safetensors").rename(folder / "sharded" / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {name: "model-00001-of-00001.safetensors" for name in dict(model.named_parameters())}}
+    (folder / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
+    add_lora(model, rank=2)
+    save_lora(model, folder / "adapter", base_model_name_or_path="model")
+    torch.save({name: p for name, p in model.named_parameters() if "lora" in name}, folder / "released.bin")
+    (folder / "meta").mkdir()
+    params = {"dim": 8, "n_layers": 2, "n_heads": 2, "norm_eps": 1e-6, "vocab_size": 40, "multiple_of": 4}
+    (folder / "meta" / "params.json").write_text(json.dumps(params))
+    torch.save({"tok_embeddings.weight": torch.zeros(40, 8)}, folder / "meta" / "consolidated.00.pth")
+    torch.save({"step": 3, "optimizer": torch.optim.Adam(ValueModel(model).head.parameters()).state_dict(),
+                "random": {"torch": torch.get_rng_state()}}, folder / "state.pt")
+    shutil.copytree(ROOT / "tiny" / "sft", folder / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    records = [{"instruction": f"Say {i}.", "input": "x" if i % 2 else "", "output": "yes", "output_1": "a", "output_2": "b",
+                "preference": 1 + i % 2, "key": f"k{i}"} for i in range(20)]
+    (folder / "list.json").write_text(json.dumps(records, indent=1))
+    (folder / "lines.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    template = {"prompt_inputs": "{instruction} {input}:", "prompt_noinputs": "{instruction}:"}
+    (folder / "template.json").write_text(json.dumps(template))
+    passages = [{"title": f"T{i}", "text": "some words " * 9} for i in range(9)]
+    (folder / "passages.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages))
+    pool = [{"model": "m", "name": "a", "temperature": 0.5, "prompt": "{instruction}{output_1}{output_2}"}]
+    (folder / "pool.json").write_text(json.dumps(pool))
+    (folder / "run").mkdir()
+    (folder / "run" / "manifest.json").write_text(json.dumps({"../lines.jsonl": {"bytes": 3, "sha256": "0"}}))
+    try:
+        write_gguf(folder / "model.gguf", model)
+    except ImportError:
+        print("gguf left out: pip install gguf")
+
+
+def write_gguf(file: Path, model) -> None:
+    """The smallest GGUF file that open_gguf reads."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_context_length(64), writer.add_embedding_length(8), writer.add_block_count(2), writer.add_feed_forward_length(12)
+    writer.add_head_count(2), writer.add_head_count_kv(1), writer.add_layer_norm_rms_eps(1e-6), writer.add_vocab_size(40)
+    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
+    writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+
+
+def read_answer(folder: Path) -> None:
+    """A judge's answer is text: whatever it is, it is read as a verdict or as none."""
+    from factuality import read_facts, read_truth
+    from judges import read_verdict
+
+    text = (folder / "answer.txt").read_bytes().decode("utf-8", errors="replace")
+    assert read_verdict(text) in (1, 1.5, 2, None) and read_truth(text) in (True, False, None)
+    assert isinstance(read_facts(text), list | None)
+
+
+def load_adapter(path: Path) -> None:
+    import torch
+
+    from lora import load_lora
+    from model import Llama
+
+    torch.manual_seed(0)
+    load_lora(Llama.from_pretrained(path.parent / "model"), path)
+
+
+def kinds() -> dict[str, tuple[str, Callable[[Path], object]]]:
+    """kind: (the file that is mutated, how it is loaded); the folder is given."""
+    import data
+    import factuality
+    import judges
+    import runfolder
+    from checkpoints import local_copy
+    from evaluate import read_lines
+    from model import Llama
+    from reward import RewardModel
+
+    def load(name: str) -> Callable[[Path], object]:
+        return lambda folder: Llama.from_pretrained(local_copy(folder / name))
+
+    def trainer_state(folder: Path) -> None:
+        import train
+
+        train.read_state(folder / "state.pt")
+
+    return {
+        "config": ("model/config.json", load("model")), "safetensors": ("model/model.safetensors", load("model")),
+        "index": ("sharded/model.safetensors.index.json", load("sharded")), "bin": ("binary/pytorch_model.bin", load("binary")),
+        "meta params": ("meta/params.json", load("meta")), "meta weights": ("meta/consolidated.00.pth", load("meta")),
+        "gguf": ("model.gguf", load("model.gguf")),
+        "reward config": ("reward/config.json", lambda folder: RewardModel.from_pretrained(folder / "reward")),
+        "reward scale": ("reward/reward_config.json", lambda folder: RewardModel.from_pretrained(folder / "reward")),
+        "adapter config": ("adapter/adapter_config.json", lambda folder: load_adapter(folder / "adapter")),
+        "adapter": ("adapter/adapter_model.safetensors", lambda folder: load_adapter(folder / "adapter")),
+        "released adapter": ("released.bin", lambda folder: load_adapter(folder / "released.bin")),
+        "trainer state": ("state.pt", trainer_state),
+        "manifest": ("run/manifest.json", lambda folder: runfolder.damage(folder / "run")),
+        "sentencepiece": ("tokenizer/tokenizer.model", lambda folder: data.load_tokenizer(folder / "tokenizer").encode("Hello.")),
+        "instructions": ("list.json", lambda folder: data.load_instructions(folder / "list.json")),
+        "instruction lines": ("lines.jsonl", lambda folder: data.load_instructions(folder / "lines.jsonl")),
+        "preferences": ("list.json", lambda folder: data.load_preferences(folder / "list.json")),
+        "template": ("template.json", lambda folder: data.format_prompt({"instruction": "a"}, str(folder / "template.json"))),
+        "annotations": ("list.json", lambda folder: judges.read_annotations(folder / "list.json")),
+        "judgements": ("lines.jsonl", lambda folder: judges.read_records(folder / "lines.jsonl")),
+        "pool": ("pool.json", lambda folder: judges.load_pool(folder / "pool.json", lambda **settings: None)),
+        "passages": ("passages.jsonl", lambda folder: factuality.load_passages(folder / "passages.jsonl")),
+        "metrics": ("lines.jsonl", lambda folder: read_lines(folder / "lines.jsonl")),
+        "judge's answer": ("answer.txt", read_answer),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- one kind
+
+
+def fuzz(kind: str, folder: Path, count: int, seed: int, seconds: int, megabytes: int) -> Counter:
+    """Loads `count` mutations; prints findings; returns how often each outcome was seen."""
+    file, load = kinds()[kind]
+    file = folder / file
+    if not file.exists() and kind == "judge's answer":
+        file.write_text("- A fact.\nThe first is right. Verdict: 1\nTrue")
+    if not file.exists():
+        return Counter()
+    original, outcomes = file.read_bytes(), Counter()
+    try:
+        load(folder)
+    except (ValueError, OSError):
+        pass
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def too_slow(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, too_slow)
+    for i in range(count):
+        rng = random.Random(f"{kind} {seed} {i}")
+        file.write_bytes(mutate(original, rng))
+        signal.alarm(seconds)
+        try:
+            load(folder)
+            outcomes["loaded"] += 1
+        except TimeoutError:
+            outcomes["HUNG"] += 1
+            print(f"{kind}, mutation {i}: more than {seconds} s", flush=True)
+        except (ValueError, OSError) as error:
+            outcomes["refused"] += 1
+            if "\n" in str(error):
+                outcomes["MANY LINES"] += 1
+                print(f"{kind}, mutation {i}: a message of many lines: {str(error)!r:.300}", flush=True)
+        except BaseException as error:
+            outcomes["CRASHED"] += 1
+            print(f"{kind}, mutation {i}: {type(error).__name__}: {str(error)!r:.300}", flush=True)
+        finally:
+            signal.alarm(0)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
+        if grown > megabytes:
+            outcomes["SWELLED"] += 1
+            print(f"{kind}, mutation {i}: {grown:.0f} MiB more than before", flush=True)
+            base += int(grown * 1024)
+    grown = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
+    print(f"{kind}: peak memory {grown:.0f} MiB above the start", flush=True)
+    return outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--count", type=int, default=3000, help="mutations of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=int, default=10, help="for loading one file")
+    parser.add_argument("--megabytes", type=int, default=300, help="above the memory before")
+    parser.add_argument("--only", default="", help="one kind")
+    parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.folder:
+        outcomes = fuzz(args.only, args.folder, args.count, args.seed, args.seconds, args.megabytes)
+        print("outcomes " + json.dumps(outcomes))
+        return 0
+    bad = 0
+    for kind in [args.only] if args.only else kinds():
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_files(Path(folder))
+            command = [sys.executable, __file__, "--folder", folder, "--only", kind]
+            for name in ("count", "seed", "seconds", "megabytes"):
+                command += [f"--{name}", str(getattr(args, name))]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        lines = done.stdout.splitlines()
+        through = bool(lines) and lines[-1].startswith("outcomes ")
+        found = json.loads(lines[-1].removeprefix("outcomes ")) if through else {"KILLED": done.returncode}
+        findings = {k: v for k, v in found.items() if k.isupper()}
+        bad += bool(findings)
+        print("\n".join(lines[:-1][-6:]))
+        said = ", ".join(f"{n:,} {what}" for what, n in found.items())
+        print(f"{kind:<18} {said}{'   <-- FINDING' if findings else ''}", flush=True)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
