@@ -99,8 +99,8 @@ class LlamaConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "max_position_embeddings"):
             value = getattr(self, name)
-            if not (type(value) is int and value > 0 or name == "head_dim" and value is None):
-                raise ValueError(f"{name} is {value!r}: it must be a whole number from 1 up")
+            if not (type(value) is int and 0 < value < 10**8 or name == "head_dim" and value is None):
+                raise ValueError(f"{name} is {value!r}: it must be a whole number from 1 up, below 100 million")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < math.inf:
@@ -667,8 +667,11 @@ class _NoInit(TorchFunctionMode):
 
 def without_memory(config: LlamaConfig) -> Llama:
     """A model on the meta device: names and shapes, to be filled with tensors."""
-    with torch.device("meta"), _NoInit():
-        return Llama(config)
+    try:
+        with torch.device("meta"), _NoInit():
+            return Llama(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes whose product no machine can count
+        raise ValueError(f"no model of these sizes can be built ({first_line(error)})") from error
 
 
 def match_names(path: str | os.PathLike, config: LlamaConfig,

@@ -277,7 +277,8 @@ def table_3(found: Sequence[Configuration]) -> Table | None:
     for c, last in measured:
         true, quality = last["true_kl"], last["estimators"]
         rows.append([f"{c.adaptation} PPO, {c.regularization}", f"{true:.4f} ± {last['true_kl_se']:.4f}",
-                     *(f"{round(quality[n]['bias'] / true, 2) + 0.0:+.2f} ({quality[n]['deviation'] / true:.1f})" for n in names)])
+                     *(f"{round(quality[n]['bias'] / true, 2) + 0.0:+.2f} ({quality[n]['deviation'] / true:.1f})"
+                       for n in names)])
     tokens = sorted({last["kl_tokens"] for _, last in measured})
     span = " to ".join(f"{t:,}" for t in dict.fromkeys([tokens[0], tokens[-1]]))
     return Table("Table 3. How good are the estimates of KL?", ["Policy trained with", "True KL per token",

@@ -200,7 +200,10 @@ def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
                          "model; `python reward.py` trains one")
     if len(head["weight"]) != 1:
         raise ValueError(f"{directory}: score.weight has {len(head['weight'])} rows; a reward model has num_labels = 1")
-    backbone = without_memory(_llama_config(description, tensors, directory))
+    config = _llama_config(description, tensors, directory)
+    if config.num_hidden_layers > len(tensors):  # else a nonsensical number would be built for hours
+        raise ValueError(f"{directory}: num_hidden_layers is {config.num_hidden_layers}, but there are {len(tensors)} tensors")
+    backbone = without_memory(config)
     _assign(backbone, tensors, directory)
     model = cls(backbone)
     stored = {"mean": -head.get("bias", torch.zeros(1)).item(), "std": 1.0}
@@ -208,7 +211,7 @@ def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
         stored |= _read_json(directory / "reward_config.json", "")
     for name, low in (("mean", -math.inf), ("std", 0.0)):
         value = stored[name]
-        if type(value) not in (int, float) or not low < value < math.inf:
+        if type(value) not in (int, float) or not max(low, -1e30) < value < 1e30:
             raise ValueError(f"{directory}/reward_config.json: {name} is {value!r}: must be a number"
                              + (" above 0" if name == "std" else ""))
     with torch.no_grad():

@@ -29,8 +29,12 @@ def write_text(file: Path, text: str) -> None:
 
 
 def append_line(file: Path, record: dict) -> None:
-    with open(file, "a", encoding="utf-8") as out:
-        out.write(json.dumps(record, ensure_ascii=False) + "\n")
+    """Raises OSError naming the file; half a line that a full disk leaves is cut off when the run is resumed."""
+    try:
+        with open(file, "a", encoding="utf-8") as out:
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OSError(f"{file}: cannot be written ({error.strerror})") from error
 
 
 def cut_after(file: Path, step: int) -> None:
@@ -39,13 +43,12 @@ def cut_after(file: Path, step: int) -> None:
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # not splitlines: a response may hold U+2028
+    for line in file.read_bytes().split(b"\n")[:-1]:  # behind the last newline stands nothing, or half a line
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line.decode() + "\n")
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
-        if record["step"] <= step:
-            kept.append(line + "\n")
     write_text(file, "".join(kept))
 
 

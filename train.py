@@ -18,7 +18,6 @@ is saved after step N with every random state, so a resumed run repeats the run 
 import argparse
 import copy
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,8 +38,9 @@ import ppo
 import show
 from data import (PromptStream, check_vocabulary, describe_tokenizer, left_pad, load_instructions, load_tokenizer,
                   tokenize_prompts)
-from divergences import ESTIMATORS, get_estimator
 from checkpoints import local_copy
+from divergences import ESTIMATORS, get_estimator
+from interrupts import Interrupts, Stopped
 from lora import (add_lora, load_lora, lora_cast, lora_disabled, lora_layers, lora_snapshot, lora_weights, merge_lora, save_lora,
                   unmerge_lora)
 from model import Llama, ValueModel, generate, open_checkpoint, write_atomically
@@ -335,9 +335,6 @@ def load_reward(run: RunConfig, tokenizer, dtype: torch.dtype, device: str, say:
     model = RewardModel.from_pretrained(run.reward, dtype=dtype, device=device).requires_grad_(False)
     its_own = load_tokenizer(run.reward).for_template(run.prompt_template)
     check_vocabulary(its_own, model.backbone.config.vocab_size, f"--reward {run.reward}")
-    if len(its_own) != len(tokenizer):
-        say(f"warning: the policy's tokenizer has {len(tokenizer):,} tokens and the reward model's {len(its_own):,}: they are "
-            "not one vocabulary")
     return model, scorer(model, tokenizer, its_own, say), same_ids(tokenizer, its_own)
 
 
@@ -684,40 +681,6 @@ def train(run: RunConfig, config: PPOConfig, resume: bool = False) -> Path:
                       f"--resume --out {out}", interrupts.caught)
     finish(out, benchmark)
     return out
-
-
-class Stopped(Exception):
-    """A signal ended the run in good order."""
-
-    def __init__(self, message: str, caught: signal.Signals):
-        super().__init__(message)
-        self.exit_code = 128 + caught
-
-
-class Interrupts:
-    """While inside, the first SIGINT or SIGTERM is remembered in `caught`, for the loop to end after its step; the second one
-    ends the process at once."""
-
-    def __init__(self) -> None:
-        self.caught: signal.Signals | None = None
-        self.before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "Interrupts":
-        try:
-            self.before = {s: signal.signal(s, self.catch) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread, which alone may handle signals
-            pass
-        return self
-
-    def catch(self, number: int, frame: Any) -> None:
-        self.caught = signal.Signals(number)
-        tqdm.write(f"{self.caught.name}: finishes this step and saves; once more ends at once")
-        for s in self.before:
-            signal.signal(s, signal.SIG_DFL)
-
-    def __exit__(self, *_: Any) -> None:
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
 
 
 def save_bundle(out: Path, step: int, error: FloatingPointError) -> str:

@@ -96,7 +96,8 @@ def tiny_files(folder: Path) -> None:
     params = {"dim": 8, "n_layers": 2, "n_heads": 2, "norm_eps": 1e-6, "vocab_size": 40, "multiple_of": 4}
     (folder / "meta" / "params.json").write_text(json.dumps(params))
     torch.save({"tok_embeddings.weight": torch.zeros(40, 8)}, folder / "meta" / "consolidated.00.pth")
-    torch.save({"step": 3, "optimizer": torch.optim.Adam(ValueModel(model).head.parameters()).state_dict(),
+    optimizer = torch.optim.Adam(ValueModel(model).head.parameters())
+    torch.save({"step": 3, "beta": 0.02, "stream": {"seed": 0}, "optimizer": optimizer.state_dict(),
                 "random": {"torch": torch.get_rng_state()}}, folder / "state.pt")
     shutil.copytree(ROOT / "tiny" / "sft", folder / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
     records = [{"instruction": f"Say {i}.", "input": "x" if i % 2 else "", "output": "yes", "output_1": "a", "output_2": "b",

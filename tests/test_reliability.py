@@ -132,6 +132,14 @@ def test_a_full_disk_ends_the_run_with_one_line_and_leaves_the_last_checkpoint(c
     assert_same_run(copy, finished, f"step-{STEPS:04d}")
 
 
+def test_a_line_that_finds_no_room_is_named(world, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="metrics.jsonl: cannot be written .No space left on device"):
+        train.append_line(tmp_path / "metrics.jsonl", {"step": 1})
+
+
 @pytest.mark.parametrize("writer", ["save_lora", "save_file", "write_state"])
 def test_a_writer_that_fails_ends_the_run_and_leaves_nothing_half_done(copy, finished, monkeypatch, capsys, writer):
     shutil.rmtree(copy / "step-0004")
