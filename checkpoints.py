@@ -141,7 +141,8 @@ def open_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Stored]]:
 
     for file, shard in shards.items():
         for name in sorted(names.keys() ^ shard.keys()):
-            raise ValueError(f"{file}: {'missing' if name in names else 'unexpected'} tensor {name}")
+            raise ValueError(f"{file}: {'missing' if name in names else 'unexpected'} tensor "
+                             f"{name if name.isprintable() else repr(name)}")
     return config, {hf: Stored(files[0], partial(read, name, hf, cut), copied=len(files) > 1 and cut is not None)
                     for name, (hf, cut) in names.items()}
 
@@ -157,6 +158,8 @@ def meta_config(params: dict[str, Any], directory: Path, shards: dict[Path, dict
 
     width, (rows, columns) = params["dim"], shape("tok_embeddings.weight")
     cuts = max(1, width // max(1, shape("layers.0.attention.wq.weight")[0]))
+    if cuts > 1024:  # no model was ever cut for as many GPUs
+        raise ValueError(f"dim is {width!r}, of which layers.0.attention.wq.weight holds a {cuts}th: one of them is wrong")
     whole = {directory / f"consolidated.{k:02d}.pth" for k in range(cuts)}
     for file in sorted(whole ^ shards.keys()):
         raise FileNotFoundError(f"{file}: {'not found' if file in whole else 'unexpected'}, the model was cut into "
@@ -203,8 +206,8 @@ def open_gguf(file: Path) -> tuple[LlamaConfig, dict[str, Stored]]:
     for i in range(min(config.num_hidden_layers, len(tensors))):
         names |= {f"blk.{i}.{gguf}.{kind}": f"model.layers.{i}.{hf}.{kind}"
                   for hf, (_, gguf, _) in LAYER_NAMES.items() for kind in ("weight", "bias")}
-    for name in tensors.keys() - names.keys():
-        raise ValueError(f"{file}: unexpected tensor {name}")
+    for name in sorted(tensors.keys() - names.keys()):
+        raise ValueError(f"{file}: unexpected tensor {name if name.isprintable() else repr(name)}")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return config, {hf: Stored(file, partial(read_gguf, file, tensors[name], heads.get(hf.split(".")[-2])), copied=True)
                     for name, hf in names.items() if name in tensors}

@@ -679,6 +679,9 @@ def match_names(path: str | os.PathLike, config: LlamaConfig,
     """A model without memory, and the tensors that fill it; one that is missing or has no place raises ValueError."""
     if len(stored) < config.num_hidden_layers:  # else a nonsensical number would be built for hours
         raise ValueError(f"{path}: num_hidden_layers is {config.num_hidden_layers}, but there are {len(stored)} tensors")
+    for name, tensor in stored.items():
+        if not name.isprintable():  # a line break in it would forge a second line of a message
+            raise ValueError(f"{tensor.file}: holds a tensor with the name {name!r}: damaged")
     model = without_memory(config)
     expected = dict(model.named_parameters())  # a tied lm_head is in it once, as the embedding
     # Old files hold RoPE's frequencies, which are recomputed; tied models may hold the embedding twice.

@@ -216,8 +216,8 @@ def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
                              + (" above 0" if name == "std" else ""))
     with torch.no_grad():
         model.score.weight.copy_(head["weight"])
-        model.mean.fill_(stored["mean"])
-        model.std.fill_(stored["std"])
+        model.mean.fill_(float(stored["mean"]))
+        model.std.fill_(float(stored["std"]))
     return model
 
 

@@ -89,13 +89,14 @@ def tiny_files(folder: Path) -> None:
     (folder / "sharded" / "model.safetensors").rename(folder / "sharded" / "model-00001-of-00001.safetensors")
     index = {"weight_map": {name: "model-00001-of-00001.safetensors" for name in dict(model.named_parameters())}}
     (folder / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "meta").mkdir()
+    params = {"dim": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "norm_eps": 1e-6, "vocab_size": 40,
+              "multiple_of": 4}
+    (folder / "meta" / "params.json").write_text(json.dumps(params))
+    torch.save(renamed(model, METAS), folder / "meta" / "consolidated.00.pth")
     add_lora(model, rank=2)
     save_lora(model, folder / "adapter", base_model_name_or_path="model")
     torch.save({name: p for name, p in model.named_parameters() if "lora" in name}, folder / "released.bin")
-    (folder / "meta").mkdir()
-    params = {"dim": 8, "n_layers": 2, "n_heads": 2, "norm_eps": 1e-6, "vocab_size": 40, "multiple_of": 4}
-    (folder / "meta" / "params.json").write_text(json.dumps(params))
-    torch.save({"tok_embeddings.weight": torch.zeros(40, 8)}, folder / "meta" / "consolidated.00.pth")
     optimizer = torch.optim.Adam(ValueModel(model).head.parameters())
     torch.save({"step": 3, "beta": 0.02, "stream": {"seed": 0}, "optimizer": optimizer.state_dict(),
                 "random": {"torch": torch.get_rng_state()}}, folder / "state.pt")
@@ -113,9 +114,27 @@ def tiny_files(folder: Path) -> None:
     (folder / "run").mkdir()
     (folder / "run" / "manifest.json").write_text(json.dumps({"../lines.jsonl": {"bytes": 3, "sha256": "0"}}))
     try:
-        write_gguf(folder / "model.gguf", model)
+        write_gguf(folder / "model.gguf", Llama.from_pretrained(folder / "model"))
     except ImportError:
         print("gguf left out: pip install gguf")
+
+
+OURS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+        "mlp.down_proj", "post_attention_layernorm", "input_layernorm", "embed_tokens", "lm_head", "model.norm", "model."]
+METAS = ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w3",
+         "feed_forward.w2", "ffn_norm", "attention_norm", "tok_embeddings", "output", "norm", ""]
+GGUFS = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "ffn_norm", "attn_norm", "token_embd",
+         "output", "output_norm", ""]
+
+
+def renamed(model, names: list[str]) -> dict:
+    """The tensors of a model under the names of another format."""
+    found = {}
+    for name, tensor in model.named_parameters():
+        for ours, theirs in zip(OURS, names, strict=True):
+            name = name.replace(ours, theirs)
+        found[name] = tensor.detach()
+    return found
 
 
 def write_gguf(file: Path, model) -> None:
@@ -125,8 +144,8 @@ def write_gguf(file: Path, model) -> None:
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_context_length(64), writer.add_embedding_length(8), writer.add_block_count(2), writer.add_feed_forward_length(12)
     writer.add_head_count(2), writer.add_head_count_kv(1), writer.add_layer_norm_rms_eps(1e-6), writer.add_vocab_size(40)
-    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
-    writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
+    for name, tensor in renamed(model, GGUFS).items():
+        writer.add_tensor(name.replace("layers.", "blk."), tensor.numpy())
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
 
 
@@ -207,10 +226,7 @@ def fuzz(kind: str, folder: Path, count: int, seed: int, seconds: int, megabytes
     if not file.exists():
         return Counter()
     original, outcomes = file.read_bytes(), Counter()
-    try:
-        load(folder)
-    except (ValueError, OSError):
-        pass
+    load(folder)  # the file as it was is good, or the mutations would show nothing
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def too_slow(*_):
