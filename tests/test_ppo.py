@@ -396,6 +396,27 @@ def test_a_negative_kl_estimate_is_logged_as_it_is():
     assert ppo.rollout_stats(lower)["kl_k1"] == pytest.approx(-0.5, abs=1e-5)
 
 
+def test_the_error_of_the_logged_kl_counts_responses_not_tokens():
+    """Two responses with gaps (1, 1, 1) and (0): mean 3/4, residuals 3 − 3 · 3/4 and 0 − 3/4."""
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    found = ppo.token_mean_error(torch.tensor([[1.0, 1.0, 1.0], [0.0, 9.0, 9.0]]), mask)
+    assert found.item() == pytest.approx(math.sqrt((0.75**2 + 0.75**2) * 2 / 1) / 4)
+
+
+def test_empty_and_endless_responses_are_counted():
+    policy, _, value = tiny_models()
+    said = torch.tensor([[EOS, PAD], [3, EOS], [3, 4], [EOS, PAD]] * 2)
+    stats = ppo.rollout_stats(collect(policy, value, small_config(), generate=lambda p, m: said[:len(p)]))
+    assert (stats["empty"], stats["finished"], stats["length"]) == (0.5, 0.75, 1.5)
+
+
+def test_a_rollout_that_is_not_finite_names_the_first_quantity_and_holds_the_batch():
+    policy, _, value = tiny_models()
+    with pytest.raises(ppo.NotFinite, match="scores of 8 of 8 responses .the first is number 1. are NaN") as caught:
+        collect(policy, value, small_config(), reward=lambda ids, mask, n: torch.full((len(ids),), nan))
+    assert len(caught.value.rollout) == 8 and caught.value.rollout.scores.isnan().all()
+
+
 # --- losses ------------------------------------------------------------------------------------------------------
 
 

@@ -227,9 +227,12 @@ def test_a_constant_reward_is_handled_and_said(world, tmp_path, rule, sign):
     assert all(m["score_std"] >= 0 and m["policy_loss"] == m["policy_loss"] for m in records(tmp_path / "run" / "metrics.jsonl"))
 
 
-def test_prompts_beyond_the_limit_and_responses_without_end_are_counted(finished):
-    metrics = records(finished / "metrics.jsonl")
-    assert {"finished", "empty"} <= set(metrics[0]) and all(0 <= m["empty"] <= 1 for m in metrics)
+def test_prompts_beyond_the_limit_are_left_out_and_counted(world, tmp_path):
+    lengths = sorted(map(len, train.tokenize_prompts(train.load_instructions(world / "data" / "ppo.json"),
+                                                     train.load_tokenizer(world / "sft"), "tiny", 9999).ids))
+    kept = sum(n <= lengths[30] for n in lengths)
+    printed = start(settings(world, tmp_path / "run", steps=1, query_length=lengths[30], evaluation=None))
+    assert f"of {kept} instructions" in printed and f"{60 - kept} dropped as longer than {lengths[30]} tokens" in printed
 
 
 def test_every_dtype_takes_log_probabilities_and_losses_in_float32():
