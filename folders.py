@@ -31,6 +31,7 @@ from judges import Endpoint, LLMJudge, ScoreJudge, Verdict, compare, load_pool, 
 from lora import load_lora, lora_disabled
 from model import Llama
 from reward import RewardModel
+from runfolder import write_text
 
 
 # -------------------------------------------------------------------------------------------------------- judgements
@@ -96,11 +97,9 @@ class Judging:
 
 
 def write_json(file: Path, content) -> None:
-    """Written beside the file and renamed: a crash leaves the last one whole."""
+    """A JSON file, with its folder, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_outputs(folder: Path, policy: str, benchmark: dict, result: dict, generator: str) -> None:
@@ -118,10 +117,7 @@ def write_outputs(folder: Path, policy: str, benchmark: dict, result: dict, gene
     if "about" in result:
         lines = [json.dumps({"topic": topic, "output": text}, ensure_ascii=False) + "\n"
                  for topic, text in zip(benchmark["topics"], result["about"], strict=True)]
-        file = folder / "outputs" / policy / "factscore.jsonl"
-        part = file.with_name(f".{file.name}.part")
-        part.write_text("".join(lines), encoding="utf-8")
-        os.replace(part, file)
+        write_text(folder / "outputs" / policy / "factscore.jsonl", "".join(lines))
 
 
 def keep(folder: Path, results: dict[str, dict]) -> Path:

@@ -25,6 +25,7 @@ from torch import Tensor
 from data import load_tokenizer
 from divergences import ALIASES
 from evaluate import bootstrap, load_benchmark, mean_and_error, paired_difference, read_lines
+from runfolder import write_text
 
 NAMES = {"clamped_kl": "Clamped KL", "kl": "KL", "bregman": "Bregman", "squared_error": "Squared error",
          "jensen_shannon": "Jensen-Shannon", "none": "No regularization", "negative_kl": "Negative KL"}
@@ -517,8 +518,6 @@ def write(folders: Sequence[Path], out: Path) -> None:
     markdown = "\n".join([f"# {title}\n", *map(as_markdown, tables),
                           *(f"### {f.title}\n\n![{f.title}]({f.file.name})\n\n{f.caption}\n" for f in figures)])
     for name, text in (("report.md", markdown), ("report.html", page(title, tables, figures, runs, samples(found)))):
-        part = out / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, out / name)
+        write_text(out / name, text)
     print("\n".join(map(as_markdown, tables)))
     print(f"written to {out}: " + ", ".join(["report.html", "report.md", *(f.file.name for f in figures)]))
