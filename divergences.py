@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How far has the policy moved from the reference? The per-token penalties of Table 1, and the exact KL they stand for.
 
 Sun, Gupta and Iyyer (2023), section 3.2: PPO subtracts β times one of these from the reward of every sampled token

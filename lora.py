@@ -1,20 +1,20 @@
+# SPDX-License-Identifier: MIT
 """Low-rank adaptation of linear layers (Hu et al. 2021), as in the paper's section 2.2: add, switch off, merge, store.
 
-    h_out = W h_in + (alpha / rank) B A h_in,    W frozen, A and B trained
+    h_out = W h_in + (alpha / rank) B A h_in,    W frozen, A and B trained                                       (Eq. 1)
 
     add_lora(model)                          # rank 8, alpha 64, dropout 0.1 on q, k, v and o of every layer
     with lora_disabled(model): ...           # the base model, bit for bit: the reference policy for free
     with lora_weights(model, start): ...     # base + an earlier state of the adapters: the reference of a second run
     save_lora(model, "run/policy")           # loads in PEFT as it is
 
-As a program it folds stored adapters into the stored weights of their base, one shard at a time, and writes a plain
-Hugging Face folder for transformers, vLLM or llama.cpp's converter:
+It works on any module with nn.Linear layers and imports nothing of this project. Beside formats/ it also reads the paper's
+released adapters, and as a program it folds stored adapters into the stored weights of their base, one shard at a time:
 
     python lora.py merge --base models/sft --adapter runs/kl-s0/step-0020/policy --out models/ppo --dtype bfloat16
 
-It works on any module with nn.Linear layers and imports nothing of this project. Departs from the released code:
-adapters are float32 whatever the base's dtype, because at the paper's learning rate of 1e-5 most bf16 updates round
-away; and merging is an explicit step, never a side effect of `.eval()`.
+Departs from the released code: adapters are float32 whatever the base's dtype, because at the paper's learning rate of 1e-5
+most bf16 updates round away; and merging is an explicit step, never a side effect of `.eval()`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,76 +36,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+ALPHA = 64  # section 2.2; what an adapter is scaled by whose file doesn't say
 PEFT_PREFIX = "base_model.model."  # PEFT names tensors base_model.model.<module>.lora_A.weight
-RELEASED_VALUE_PREFIX = "base_model."  # the paper's released value adapters: base_model.<module>.lora_A, no .weight
-RELEASED_HEAD = ("value_head", "value_head_bias")
-RELEASED_RANK, RELEASED_ALPHA, RELEASED_DROPOUT = 8, 64, 0.1  # section 2.2; the released files hold neither
-# What PEFT's settings must be: otherwise A and B are not the whole change, or the stored base isn't what they change.
-PEFT_PLAIN = {"peft_type": ("LORA",), "bias": ("none", None),
-              "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-              **dict.fromkeys(("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out",
-                               "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
-                               "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
-                              (None, False, {}, []))}
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-               "chat_template.jinja", "vocab.json", "merges.txt")  # what a merged model takes over from its base
-
-
-def lora_scaling(rank: int, alpha: float, use_rslora: bool = False) -> float:
-    """alpha / rank, or alpha / sqrt(rank) with use_rslora (Kalajdzievski 2023)."""
-    return alpha / (math.sqrt(rank) if use_rslora else rank)
-
-
-def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
-                  dtype: torch.dtype | None = None) -> Tensor:
-    """W + scaling · B A (out, in), computed in float32 and rounded once, to dtype or else to the weight's own."""
-    return (weight.float() + scaling * (lora_B.float() @ lora_A.float())).to(dtype or weight.dtype)
-
-
-def keep_mask(like: Tensor, dropout: float) -> Tensor:
-    """1 where dropout keeps an element and 0 elsewhere, of like's shape, uint8, from torch's global generator.
-
-    Sixteen random bits decide an element, so that the probability is rounded to 1/65536. On a CPU this takes a fifth of
-    F.dropout's time, which draws a number for each element and was the largest cost of the adapters.
-    """
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-2**63, None)
-    drawn = words.view(torch.int16)[: like.numel()].view(like.shape)  # uniform over -32768 ... 32767
-    return torch.ge(drawn, round(dropout * 65536) - 32768, out=torch.empty_like(drawn, dtype=torch.uint8))
-
-
-class LowRank(torch.autograd.Function):
-    """(x (..., in), A, B, scaling, dropout) → scaling · B A dropout(x), computed in float32, in x's dtype.
-
-    In plain torch: F.linear(F.linear(F.dropout(x.float(), dropout), A) * scaling, B).to(x.dtype). Autograd would keep
-    x.float(), its dropout and a mask for each of the four adapters of a layer; this keeps x, which they share, and one
-    byte an element for the mask.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> Tensor:
-        keep = keep_mask(x, dropout) if dropout else None
-        ctx.scaling = scaling / (1 - round(dropout * 65536) / 65536)  # what is kept stands for what is not
-        low = F.linear(_kept(x, keep), lora_A).mul_(ctx.scaling)
-        ctx.save_for_backward(x, lora_A, lora_B, low, keep)
-        return F.linear(low, lora_B).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        x, lora_A, lora_B, low, keep = ctx.saved_tensors
-        wide = grad.float().flatten(0, -2)  # (N, out)
-        grad_low = (wide @ lora_B).mul_(ctx.scaling)  # (N, rank)
-        grad_A = grad_low.t() @ _kept(x, keep).flatten(0, -2)
-        grad_B = wide.t() @ low.flatten(0, -2)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_low @ lora_A).view(x.shape).to(x.dtype)
-            grad_x = grad_x if keep is None else grad_x.mul_(keep.to(x.dtype))
-        return grad_x, grad_A, grad_B, None, None
-
-
-def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    """x in float32, with zeros for what was dropped. A mask of x's own dtype: torch multiplies mixed types far slower."""
-    return x.float() if keep is None else (x * keep.to(x.dtype)).float()
 
 
 class LoRALinear(nn.Module):
@@ -159,8 +90,9 @@ class LoRALinear(nn.Module):
         if self.cast is not None:
             lora_A, scaled_B = self.cast
             return out + F.linear(F.linear(x, lora_A), scaled_B)
+        # Eq. 1: out + scaling · B A dropout(x), that is F.linear(F.linear(F.dropout(x.float(), p), A) * scaling, B)
         dropout = self.dropout if self.training else 0.0
-        return out + LowRank.apply(x, self.lora_A, self.lora_B, self.scaling, dropout)  # sec. 2.2
+        return out + LowRank.apply(x, self.lora_A, self.lora_B, self.scaling, dropout)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -181,6 +113,66 @@ class LoRALinear(nn.Module):
                 f"alpha={self.alpha}, dropout={self.dropout}, merged={self.merged}")
 
 
+def lora_scaling(rank: int, alpha: float, use_rslora: bool = False) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with use_rslora (Kalajdzievski 2023)."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
+                  dtype: torch.dtype | None = None) -> Tensor:
+    """W + scaling · B A (out, in), computed in float32 and rounded once, to dtype or else to the weight's own."""
+    return (weight.float() + scaling * (lora_B.float() @ lora_A.float())).to(dtype or weight.dtype)
+
+
+# -------------------------------------------------------------------------------------- the same formula in less memory
+
+
+class LowRank(torch.autograd.Function):
+    """(x (..., in), A, B, scaling, dropout) → scaling · B A dropout(x), computed in float32, in x's dtype.
+
+    In plain torch: F.linear(F.linear(F.dropout(x.float(), dropout), A) * scaling, B).to(x.dtype). Autograd would keep
+    x.float(), its dropout and a mask for each of the four adapters of a layer; this keeps x, which they share, and one
+    byte an element for the mask.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> Tensor:
+        keep = keep_mask(x, dropout) if dropout else None
+        ctx.scaling = scaling / (1 - round(dropout * 65536) / 65536)  # what is kept stands for what is not
+        low = F.linear(_kept(x, keep), lora_A).mul_(ctx.scaling)
+        ctx.save_for_backward(x, lora_A, lora_B, low, keep)
+        return F.linear(low, lora_B).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        x, lora_A, lora_B, low, keep = ctx.saved_tensors
+        wide = grad.float().flatten(0, -2)  # (N, out)
+        grad_low = (wide @ lora_B).mul_(ctx.scaling)  # (N, rank)
+        grad_A = grad_low.t() @ _kept(x, keep).flatten(0, -2)
+        grad_B = wide.t() @ low.flatten(0, -2)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_low @ lora_A).view(x.shape).to(x.dtype)
+            grad_x = grad_x if keep is None else grad_x.mul_(keep.to(x.dtype))
+        return grad_x, grad_A, grad_B, None, None
+
+
+def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    """x in float32, with zeros for what was dropped. A mask of x's own dtype: torch multiplies mixed types far slower."""
+    return x.float() if keep is None else (x * keep.to(x.dtype)).float()
+
+
+def keep_mask(like: Tensor, dropout: float) -> Tensor:
+    """1 where dropout keeps an element and 0 elsewhere, of like's shape, uint8, from torch's global generator.
+
+    Sixteen random bits decide an element, so that the probability is rounded to 1/65536. On a CPU this takes a fifth of
+    F.dropout's time, which draws a number for each element and was the largest cost of the adapters.
+    """
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-2**63, None)
+    drawn = words.view(torch.int16)[: like.numel()].view(like.shape)  # uniform over -32768 ... 32767
+    return torch.ge(drawn, round(dropout * 65536) - 32768, out=torch.empty_like(drawn, dtype=torch.uint8))
+
+
 # ----------------------------------------------------------------------------------------------- add, switch off, merge
 
 
@@ -192,11 +184,6 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """lora_A and lora_B of every adapted layer, for an optimiser."""
     return [parameter for layer in lora_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)]
-
-
-def _matches(name: str, targets: Sequence[str]) -> bool:
-    """PEFT's rule: the whole name, or its last parts."""
-    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def add_lora(model: nn.Module, rank: int = 8, alpha: float = 64, dropout: float = 0.1,
@@ -217,6 +204,11 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 64, dropout: float 
     return model
 
 
+def _matches(name: str, targets: Sequence[str]) -> bool:
+    """PEFT's rule: the whole name, or its last parts."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
 def _adapt(model: nn.Module, names: Sequence[str], rank: int, alpha: float, dropout: float,
            use_rslora: bool = False, draw: bool = True) -> None:
     model.requires_grad_(False)
@@ -235,14 +227,8 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     layers = list(lora_layers(model).values())
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layers to switch off")
-    enabled = [layer.enabled for layer in layers]
-    try:
-        for layer in layers:
-            layer.enabled = False
+    with _temporarily(layers, "enabled", [False] * len(layers)):
         yield
-    finally:
-        for layer, before in zip(layers, enabled, strict=True):
-            layer.enabled = before
 
 
 @contextlib.contextmanager
@@ -266,14 +252,8 @@ def lora_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[No
                              f"{tuple(parameter.shape)}")
         if tensors[name].untyped_storage()._cdata == parameter.untyped_storage()._cdata:  # fake tensors have this too
             raise ValueError(f"tensor {name} is the very memory of the adapter: lora_snapshot takes a copy")
-    before = {name: parameter.data for name, parameter in own.items()}
-    try:
-        for name, parameter in own.items():
-            parameter.data = tensors[name].detach().to(parameter)
+    with _temporarily(list(own.values()), "data", [tensors[name].detach().to(own[name]) for name in own]):
         yield
-    finally:
-        for name, parameter in own.items():
-            parameter.data = before[name]
 
 
 @contextlib.contextmanager
@@ -284,15 +264,25 @@ def lora_cast(model: nn.Module) -> Iterator[None]:
     eight bits. Sampling was a tenth faster than with the float32 path (bench/README.md). A and B get no gradient inside.
     The model must not be merged.
     """
-    layers = lora_layers(model).values()
+    layers = list(lora_layers(model).values())
+    dtypes = [layer.weight.dtype for layer in layers]
+    cast = [(layer.lora_A.detach().to(dtype), (layer.scaling * layer.lora_B.detach()).to(dtype))
+            for layer, dtype in zip(layers, dtypes, strict=True)]
+    with _temporarily(layers, "cast", cast):
+        yield
+
+
+@contextlib.contextmanager
+def _temporarily(owners: Sequence[Any], attribute: str, values: Sequence[Any]) -> Iterator[None]:
+    """Inside, each owner's attribute has its value; the old ones are back afterwards, after an exception too."""
+    before = [getattr(owner, attribute) for owner in owners]
     try:
-        for layer in layers:
-            dtype = layer.weight.dtype
-            layer.cast = layer.lora_A.detach().to(dtype), (layer.scaling * layer.lora_B.detach()).to(dtype)
+        for owner, value in zip(owners, values, strict=True):
+            setattr(owner, attribute, value)
         yield
     finally:
-        for layer in layers:
-            layer.cast = None
+        for owner, value in zip(owners, before, strict=True):
+            setattr(owner, attribute, value)
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
@@ -336,14 +326,6 @@ def lora_snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
 
 
-def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
-    """The short names that select exactly the adapted layers (q_proj, ...), else their full names."""
-    short = sorted({name.rpartition(".")[2] for name in layers})
-    linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, LoRALinear))}
-    exact = {name for name in linear if _matches(name, short)} == set(layers)
-    return short if exact else sorted(layers)
-
-
 def save_lora(model: nn.Module, directory: str | os.PathLike, base_model_name_or_path: str | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json, which PEFT loads onto the base model as they are."""
     tensors = {name: tensor.contiguous() for name, tensor in lora_state_dict(model).items()}
@@ -355,14 +337,21 @@ def save_lora(model: nn.Module, directory: str | os.PathLike, base_model_name_or
               "inference_mode": True}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with _replacing(directory / "adapter_model.safetensors") as file:
-        _write_tensors(file, tensors)
-    with _replacing(directory / "adapter_config.json") as file:
-        _write_json(file, config)
+    text = json.dumps(config, indent=2) + "\n"
+    _write(directory / "adapter_model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
+    _write(directory / "adapter_config.json", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
+    """The short names that select exactly the adapted layers (q_proj, ...), else their full names."""
+    short = sorted({name.rpartition(".")[2] for name in layers})
+    linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, LoRALinear))}
+    exact = {name for name in linear if _matches(name, short)} == set(layers)
+    return short if exact else sorted(layers)
 
 
 def load_lora(model: nn.Module, path: str | os.PathLike, part: str | None = None) -> dict[str, Tensor]:
-    """Read adapters into the model: a PEFT folder, or the paper's released pytorch_model.bin (the file or its folder).
+    """Read adapters into the model: a PEFT folder, or (beside formats/) the paper's released pytorch_model.bin or its folder.
 
     A model without adapters gets them first, with the stored configuration, everything else frozen (a ValueModel's
     head too). An adapted one keeps its dropout and takes the stored rank's scaling; the released files hold no
@@ -390,7 +379,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike, part: str | None = None
             raise ValueError(f"{file}: the model's adapters are merged: call unmerge_lora before loading")
     if not adapted:
         # Nothing is drawn: a run that loads adapters into one more model must not differ from then on.
-        _adapt(model, names, **({"alpha": RELEASED_ALPHA} | settings), draw=False)
+        _adapt(model, names, **({"alpha": ALPHA} | settings), draw=False)
     for name, layer in lora_layers(model).items():
         if "alpha" in settings:
             layer.set_scaling(settings["alpha"], settings["use_rslora"])
@@ -400,43 +389,25 @@ def load_lora(model: nn.Module, path: str | os.PathLike, part: str | None = None
     return rest
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a .safetensors or .bin file, on the CPU, mapped and so read from disk only when they are used.
-
-    Pickled code in a .bin is refused, not run.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        # Before torch 1.6 a .bin was no zip file, and can't be mapped.
-        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # torch, pickle, zip and safetensors each raise their own kinds for a damaged file
-        # Of torch's several lines one tells the reason; the others tell how to run the pickled code after all.
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = next((line for line in lines if "WeightsUnpickler error: " in line), lines[0])
-        raise ValueError(f"{file}: cannot be read: truncated, damaged or more than tensors "
-                         f"({reason.strip().partition('. ')[0]})") from error
-    if not (isinstance(stored, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in stored.items())):
-        raise ValueError(f"{file}: holds something other than tensors by name")
-    return stored
-
-
 def _read_adapter(path: Path, part: str | None, value_model: bool = False
                   ) -> tuple[Path, dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
     """(file, tensors by bare name, settings of _adapt, the value head) of a PEFT folder or a released file."""
     if (path / "adapter_config.json").is_file():
         return *_read_peft(path), {}
-    return _read_released(path, part, value_model)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds a {type(content).__name__}, not a JSON object")
-    return content
+        from formats.adapters import read_released
+    except ImportError:  # this file was copied alone
+        raise FileNotFoundError(f"{path}: no adapter_config.json: not an adapter in PEFT's layout") from None
+    return read_released(path, part, value_model)
+
+
+# What PEFT's settings must be: otherwise A and B are not the whole change, or the stored base isn't what they change.
+PEFT_PLAIN = {"peft_type": ("LORA",), "bias": ("none", None),
+              "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+              **dict.fromkeys(("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out",
+                               "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
+                               "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
+                              (None, False, {}, []))}
 
 
 def _read_peft(directory: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -471,35 +442,11 @@ def _bare_name(file: Path, name: str) -> str:
     return name.removeprefix(PEFT_PREFIX).removesuffix(".weight")
 
 
-def _read_released(path: Path, part: str | None, value_model: bool
-                   ) -> tuple[Path, dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-    """(file, tensors by bare name, settings of _adapt, the value head) of the paper's released pytorch_model.bin."""
-    file = path / "pytorch_model.bin" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no adapter_config.json (PEFT) and no pytorch_model.bin (released weights)")
-    stored = _read_tensors(file)
-    head = {name: stored.pop(name).clone() for name in RELEASED_HEAD if name in stored}
-    value = {name.removeprefix(RELEASED_VALUE_PREFIX): tensor for name, tensor in stored.items()
-             if name.startswith(RELEASED_VALUE_PREFIX)}
-    policy = {name: tensor for name, tensor in stored.items() if not name.startswith(RELEASED_VALUE_PREFIX)}
-    if part is None:
-        wanted = "value" if value_model else "policy"
-        part = wanted if (value and policy) else "value" if value else "policy"
-    tensors = value if part == "value" else policy
-    if not tensors:
-        raise ValueError(f"{file}: holds no adapters of the {part} model")
-    if value_model:
-        tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
-    ranks = (tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A") and tensor.dim())
-    settings = {"rank": next(ranks, RELEASED_RANK), "dropout": RELEASED_DROPOUT}
-    return file, tensors, settings, head if part == "value" else {}
-
-
 def _adapted_names(file: Path, tensors: Mapping[str, Tensor], rank: int, shapes: Mapping[str, tuple[int, ...]],
                    lacks: str) -> list[str]:
     """The layers that tensors adapt, each of which must be in shapes, name: (out, in), else `lacks`, and fit it."""
     for name, tensor in tensors.items():
-        layer, _, leaf = name.rpartition(".")
+        layer, leaf = _layer_of(name), name.rpartition(".")[2]
         if leaf not in ("lora_A", "lora_B") or layer not in shapes:
             raise ValueError(f"{file}: unexpected tensor {name}: {lacks}")
         shape = (rank, shapes[layer][1]) if leaf == "lora_A" else (shapes[layer][0], rank)
@@ -508,34 +455,61 @@ def _adapted_names(file: Path, tensors: Mapping[str, Tensor], rank: int, shapes:
         twin = f"{layer}.{'lora_B' if leaf == 'lora_A' else 'lora_A'}"
         if twin not in tensors:
             raise ValueError(f"{file}: missing tensor {twin}")
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+    return list(dict.fromkeys(map(_layer_of, tensors)))
 
 
-def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    file.touch()
-    mode = file.stat().st_mode
-    save_file(tensors, file, {"format": "pt"})
-    file.chmod(mode)  # safetensors makes files that only their owner may read, and a server often runs as another user
+def _layer_of(name: str) -> str:
+    """X.lora_A → X"""
+    return name.rpartition(".")[0]
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors or .bin file, on the CPU, mapped and so read from disk only when they are used.
 
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A name beside target to write a file or folder under, renamed at the end: a crash leaves target as it was."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    Pickled code in a .bin is refused, not run.
+    """
     try:
-        yield temporary
-        os.replace(temporary, target)
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # Before torch 1.6 a .bin was no zip file, and can't be mapped.
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # torch, pickle, zip and safetensors each raise their own kinds for a damaged file
+        # Of torch's several lines one tells the reason; the others tell how to run the pickled code after all.
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "WeightsUnpickler error: " in line), lines[0])
+        raise ValueError(f"{file}: cannot be read: truncated, damaged or more than tensors "
+                         f"({reason.strip().partition('. ')[0]})") from error
+    if not (isinstance(stored, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in stored.items())):
+        raise ValueError(f"{file}: holds something other than tensors by name")
+    return stored
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def _write(file: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file and rename: a crash in between leaves the last good file whole."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that only their owner may read, and a server often runs as another user
+        os.replace(temporary, file)
+    except SafetensorError as error:  # its own kind for a full disk
+        raise OSError(f"{file}: cannot be written ({error})") from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------- the program: lora.py merge
+# ------------------------------------------------------------------------------------------- the program: lora.py merge
 
 
 @torch.no_grad()
@@ -547,110 +521,27 @@ def merge_checkpoint(base: str | os.PathLike, adapter: str | os.PathLike, out: s
     PEFT folder or the paper's released pytorch_model.bin, of which the policy is taken. Every adapted weight becomes
     what merge_lora makes of it, all else is unchanged; with dtype every tensor is rounded to it, once. One shard is in
     memory at a time. All names and shapes are checked before anything is written; out appears when it is complete.
-    Raises FileNotFoundError or ValueError naming file and tensor, also when out already holds files.
+    Needs formats/. Raises FileNotFoundError or ValueError naming file and tensor, also when out already holds files.
     """
-    from tqdm import tqdm  # only here: the rest of this file needs torch and safetensors alone
+    from formats.adapters import open_base, rewrite
+    from formats.tensors import read_tensor
 
-    base, out = Path(base), Path(out).resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out}: already there and not an empty folder: name a new one")
-    config, files = _read_base(base)
-    weights = {name: tensor.to("meta") for file in files for name, tensor in _read_tensors(file).items()}  # shapes only
-    if config.get("tie_word_embeddings") and any(name.endswith("embed_tokens.weight") for name in weights):
-        weights.pop("lm_head.weight", None)  # the embedding itself, which old files store a second time
-    updates = _read_updates(Path(adapter), base, weights)
-    weight_map, total = {}, 0
-    with _replacing(out) as folder, tqdm(total=len(weights), unit="tensor", disable=not progress) as bar:
-        folder.mkdir(parents=True)
-        _copy_model_files(base, folder, config, dtype)
-        for file in files:
-            name = file.name if file.suffix == ".safetensors" else file.stem.replace("pytorch_", "") + ".safetensors"
-            written = _merge_file(file, folder / name, weights, updates, dtype, bar.update)
-            weight_map |= dict.fromkeys(written, name)
-            total += sum(written.values())
-        if set(weight_map.values()) != {"model.safetensors"}:
-            _write_json(folder / "model.safetensors.index.json",
-                        {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return len(updates), total
-
-
-def _merge_file(file: Path, target: Path, kept: Collection[str], updates: Mapping[str, tuple[Tensor, Tensor, float]],
-                dtype: torch.dtype | None, tick: Callable[[], object]) -> dict[str, int]:
-    """Write one file of the base, merged, and return the bytes of each tensor; on return its memory is free again."""
-    merged = {}
-    for name, tensor in _read_tensors(file).items():
-        if name not in kept:
-            continue
-        if name in updates:
-            new = merged_weight(tensor, *updates[name], dtype)
-        else:
-            new = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-        if new is not tensor and not bool(new.isfinite().all()):
-            raise ValueError(f"{file}: tensor {name} is infinite or NaN once merged and in {new.dtype}")
-        # Tensors of a .bin may share memory or be strided, which safetensors doesn't store.
-        merged[name] = new if file.suffix == ".safetensors" else new.clone(memory_format=torch.contiguous_format)
-        tick()
-    if merged:  # a shard of nothing but the tied lm_head is left out
-        _write_tensors(target, merged)
-    return {name: tensor.nbytes for name, tensor in merged.items()}
-
-
-def _read_updates(adapter: Path, base: Path, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """(A, B, scaling) for each adapted weight of the base, by the weight's name."""
-    file, tensors, settings, _ = _read_adapter(adapter, part="policy")
-    shapes = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights.items()
-              if weight.dim() == 2 and weight.is_floating_point()}
+    config, stored = open_base(base)
+    file, tensors, settings, _ = _read_adapter(Path(adapter), part="policy")
+    weights = {name: read_tensor(stored[f"{name}.weight"], f"{name}.weight") for name in map(_layer_of, tensors)
+               if f"{name}.weight" in stored}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items() if weight.dim() == 2 and weight.is_floating_point()}
+    del weights  # their files are mapped: none of them was read, and none must stay
     layers = _adapted_names(file, tensors, settings["rank"], shapes, f"{base} has no weight of its own for that layer")
-    scaling = lora_scaling(settings["rank"], settings.get("alpha", RELEASED_ALPHA), settings.get("use_rslora", False))
-    return {f"{name}.weight": (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], scaling) for name in layers}
+    scaling = lora_scaling(settings["rank"], settings.get("alpha", ALPHA), settings.get("use_rslora", False))
 
+    def change(name: str, weight: Tensor) -> Tensor:
+        layer = name.removesuffix(".weight")
+        if layer not in layers:
+            return weight
+        return merged_weight(weight, tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"], scaling, torch.float32)
 
-def _read_base(base: Path) -> tuple[dict[str, Any], list[Path]]:
-    """config.json and the weight files of a Hugging Face folder; ValueError for another kind of checkpoint."""
-    files, config_file = _weight_files(base), base / "config.json"
-    if not files or not config_file.is_file():
-        gguf = base.suffix == ".gguf" or any(base.glob("*.gguf"))
-        if gguf or (base / "params.json").is_file():
-            raise ValueError(f"{base}: {'GGUF' if gguf else 'Meta'} format: first make a Hugging Face folder of it: "
-                             f"`python model.py convert --model {base} --out DIR`")
-        lacks = "config.json" if files else "model.safetensors or pytorch_model.bin, whole or with .index.json"
-        raise FileNotFoundError(f"{base}: not a Hugging Face folder: no {lacks}")
-    config = _read_json(config_file)
-    if config.get("quantization_config"):
-        raise ValueError(f"{config_file}: quantization_config: adapters can only be merged into unquantised weights")
-    return config, files
-
-
-def _weight_files(base: Path) -> list[Path]:
-    """The files that hold a folder's weights: safetensors before .bin, one file before shards; [] if there are none."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = base / f"{name}.index.json"
-        if (base / name).is_file():
-            return [base / name]
-        if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"{index}: not an index of shards: it has no weight_map")
-            shards = [base / shard for shard in sorted(set(map(str, weight_map.values())))]
-            for shard in shards:
-                if shard.parent != base:  # ../x or /x would be read, and written, outside the two folders
-                    raise ValueError(f"{index}: shard {shard} is not a file of this folder")
-                if not shard.is_file():
-                    raise FileNotFoundError(f"{shard}: not found, but {index.name} names it")
-            return shards
-    return []
-
-
-def _copy_model_files(base: Path, folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> None:
-    """Configuration and tokenizer, as they are but for the dtype."""
-    for pattern in MODEL_FILES:
-        for file in base.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        newer = {"dtype": name} if "dtype" in config else {}  # transformers 5's name for it
-        _write_json(folder / "config.json", config | newer | {"torch_dtype": name})
+    return len(layers), rewrite(base, config, stored, out, change, dtype, progress)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -670,7 +561,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         dtype = getattr(torch, args.dtype) if args.dtype else None
         layers, size = merge_checkpoint(args.base, args.adapter, args.out, dtype, progress=True)
-    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
+    except (ValueError, OSError) as error:
         print(f"lora.py: {error}", file=sys.stderr)
         return 2
     print(f"wrote {args.out}: {layers} layers merged, {size / 1e6:,.1f} MB")

@@ -1,4 +1,5 @@
-"""LLaMA in one file: configuration, model, cached sampling, a scalar value head, checkpoints of every common layout.
+# SPDX-License-Identifier: MIT
+"""LLaMA in one file: configuration, model, cached sampling, a scalar value head, Hugging Face folders.
 
 The paper (Sun, Gupta, Iyyer 2023) trains a LLaMA-7B policy and value model; section 2.1 names the checkpoints.
 Parameter names are those of the published files, so loading needs no map:
@@ -7,8 +8,9 @@ Parameter names are those of the published files, so loading needs no map:
     tokens = generate(model, input_ids, attention_mask, max_new_tokens=300, eos_token_id=2, pad_token_id=0)
     value = ValueModel(Llama.from_pretrained("path/to/reward-backbone"))
 
-Checkpoints are read from Hugging Face folders (or by name from its hub), Meta's folders and GGUF files, one tensor at a
-time. As a program it makes Hugging Face folders of them, and AlpacaFarm's models of its published weight differences:
+Beside formats/, checkpoints are read from Hugging Face folders (or by name from its hub), Meta's folders and GGUF files, one
+tensor at a time; a copy of this file alone reads Hugging Face folders in safetensors. As a program it makes Hugging Face
+folders of all of them, and AlpacaFarm's models of its published weight differences:
 
     python model.py convert --model smollm2.gguf --out smollm2
     python model.py recover --base llama-7b --diff alpaca-farm-sft10k-wdiff --out sft10k
@@ -26,25 +28,22 @@ import contextlib
 import json
 import math
 import os
-import pickle
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
+# -------------------------------------------------------------------------------------------------------- configuration
 
 
 @dataclass
@@ -116,34 +115,6 @@ class LlamaConfig:
         return cls(**overrides)
 
     @classmethod
-    def llama_13b(cls, **overrides: Any) -> LlamaConfig:
-        """LLaMA-13B."""
-        sizes = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
-        return cls(**(sizes | overrides))
-
-    @classmethod
-    def tinyllama_1b(cls, **overrides: Any) -> LlamaConfig:
-        """TinyLlama-1.1B: LLaMA's vocabulary, 4 key and value heads."""
-        sizes = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-                     num_key_value_heads=4, rms_norm_eps=1e-5)
-        return cls(**(sizes | overrides))
-
-    @classmethod
-    def smollm2_135m(cls, **overrides: Any) -> LlamaConfig:
-        """SmolLM2-135M-Instruct, a small LLaMA with tied embeddings."""
-        sizes = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                     num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
-                     rope_theta=100000.0, tie_word_embeddings=True, pad_token_id=2, initializer_range=1 / 24)
-        return cls(**(sizes | overrides))
-
-    @classmethod
-    def llama3_8b(cls, **overrides: Any) -> LlamaConfig:
-        """Llama 3 8B."""
-        sizes = dict(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=8192,
-                     rms_norm_eps=1e-5, rope_theta=500000.0, bos_token_id=128000, eos_token_id=128001)
-        return cls(**(sizes | overrides))
-
-    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
         """Read a Hugging Face config.json, of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
@@ -152,17 +123,17 @@ class LlamaConfig:
         model_type = values.get("model_type", "llama")
         if model_type != "llama":
             raise ValueError(f"model_type {model_type!r} is not supported: only 'llama' is")
-        kept = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         rope = values.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"rope_parameters is {rope!r}: it must be an object or null")
         if rope:
             rope = dict(rope)
-            kept["rope_theta"] = rope.pop("rope_theta", kept.get("rope_theta", cls.rope_theta))
-            kept["rope_scaling"] = rope
-        if kept.get("pad_token_id") == -1:  # early conversions of LLaMA-7B say so where there is none
-            kept["pad_token_id"] = None
-        return cls(**kept)
+            known["rope_theta"] = rope.pop("rope_theta", known.get("rope_theta", cls.rope_theta))
+            known["rope_scaling"] = rope
+        if known.get("pad_token_id") == -1:  # early conversions of LLaMA-7B say so where there is none
+            known["pad_token_id"] = None
+        return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json that transformers 4 and 5 both read."""
@@ -191,7 +162,7 @@ def _checked_rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | No
     return None if kind == "default" else scaling
 
 
-# ------------------------------------------------------------------------------------------- positions and the cache
+# ---------------------------------------------------------------------------------------------- positions and the cache
 
 
 def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
@@ -207,8 +178,8 @@ def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     # by the full factor, those that turn more than `high` times not at all, and between them it is a blend.
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling["factor"])
+    unscaled = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (unscaled + (1 - unscaled) / scaling["factor"])
 
 
 def rope_tables(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,7 +250,7 @@ class KVCache:
         return order
 
 
-# --------------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------------------ the model
 
 
 class RMSNorm(nn.Module):
@@ -449,10 +420,14 @@ class Llama(nn.Module):
         so at most one tensor is in memory twice. It comes back in eval mode; `progress` shows a bar from the second
         second on. Raises FileNotFoundError or ValueError naming the file and the tensor.
         """
-        model, stored = match_names(path, *open_checkpoint(path))
-        for _, name, tensor in load_tensors(stored, dtype, device, progress, like=model):
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+        try:
+            from formats.tensors import load_tensors
+        except ImportError:  # this file was copied alone
+            model, tensors = open_plain_folder(Path(path), dtype, device)
+        else:
+            model, stored = open_model(path)
+            tensors = ((name, tensor) for _, name, tensor in load_tensors(stored, dtype, device, progress, like=model))
+        fill(model, tensors)
         model._tie()
         return model.eval()
 
@@ -467,8 +442,8 @@ class Llama(nn.Module):
                    if not name.endswith((".lora_A", ".lora_B"))}
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         text = json.dumps(self.config.to_dict() | {"torch_dtype": dtype}, indent=2) + "\n"
-        write_atomically(directory / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
-        write_atomically(directory / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+        _write(directory / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
+        _write(directory / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
 
 
 class ValueModel(nn.Module):
@@ -492,7 +467,7 @@ class ValueModel(nn.Module):
         return self.head(self.backbone.hidden(input_ids, attention_mask).float()).squeeze(-1)
 
 
-# ----------------------------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------------------------------------------- sampling
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
@@ -604,56 +579,7 @@ def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None,
             state = model.hidden(token[:, None], mask[:, : P + t + 1], cache)[:, -1]
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-
-class Stored(NamedTuple):
-    """A tensor on disk: the file that holds it, and a function that reads it to the CPU.
-
-    copied: whether what it reads surely shares no memory with the file or another tensor.
-    """
-
-    file: Path
-    read: Callable[[], Tensor]
-    copied: bool = False
-
-
-def open_checkpoint(path: str | os.PathLike) -> tuple[LlamaConfig, dict[str, Stored]]:
-    """(configuration, every tensor under its Hugging Face name) of a model on disk; no tensor is read yet."""
-    file = Path(path) / "config.json"
-    if file.is_file():
-        return parse_json(file, LlamaConfig.from_dict), stored_tensors(file.parent)
-    try:
-        from checkpoints import open_other
-    except ModuleNotFoundError:
-        raise FileNotFoundError(f"{file}: not found; a model folder holds config.json and model.safetensors (GGUF and "
-                                "Meta's layout are read by checkpoints.py)") from None
-    return open_other(path)
-
-
-def parse_json(file: Path, build: Callable[[dict[str, Any]], Any]) -> Any:
-    """build(the JSON object in file); whatever is wrong with it becomes a ValueError that names the file."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"holds a {type(values).__name__}, not an object")
-        return build(values)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: {'lacks ' if isinstance(error, KeyError) else ''}{error}") from error
-
-
-def stored_tensors(directory: Path, difference: bool = False) -> dict[str, Stored]:
-    """The tensors of a Hugging Face folder. One of AlpacaFarm's weight differences is refused unless asked for."""
-    if not difference and (directory / "model_sum.txt").is_file():
-        raise ValueError(_difference_message(directory))
-    found: dict[str, Stored] = {}
-    for file in _weight_files(directory):
-        tensors = bin_tensors(file) if file.suffix == ".bin" else _safetensors(file)
-        for name in tensors:
-            if name in found:
-                raise ValueError(f"{file}: tensor {name} is in {found[name].file.name} too")
-        found |= tensors
-    return found
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 class _NoInit(TorchFunctionMode):
@@ -671,167 +597,40 @@ def without_memory(config: LlamaConfig) -> Llama:
         with torch.device("meta"), _NoInit():
             return Llama(config)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes whose product no machine can count
-        raise ValueError(f"no model of these sizes can be built ({first_line(error)})") from error
+        raise ValueError(f"no model of these sizes can be built ({str(error).splitlines()[0]})") from error
 
 
-def match_names(path: str | os.PathLike, config: LlamaConfig,
-                stored: dict[str, Stored]) -> tuple[Llama, dict[str, Stored]]:
-    """A model without memory, and the tensors that fill it; one that is missing or has no place raises ValueError."""
+def open_model(path: str | os.PathLike) -> tuple[Llama, dict[str, Any]]:
+    """(a model without memory, the stored tensors that fill it, formats.tensors.Stored by name) of any layout."""
+    from formats.read import open_checkpoint
+    from formats.tensors import check_names
+
+    config, stored = open_checkpoint(path, LlamaConfig.from_dict)
     if len(stored) < config.num_hidden_layers:  # else a nonsensical number would be built for hours
         raise ValueError(f"{path}: num_hidden_layers is {config.num_hidden_layers}, but there are {len(stored)} tensors")
-    for name, tensor in stored.items():
-        if not name.isprintable():  # a line break in it would forge a second line of a message
-            raise ValueError(f"{tensor.file}: holds a tensor with the name {name!r}: damaged")
     model = without_memory(config)
-    expected = dict(model.named_parameters())  # a tied lm_head is in it once, as the embedding
-    # Old files hold RoPE's frequencies, which are recomputed; tied models may hold the embedding twice.
-    kept = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")
-            and not (name == "lm_head.weight" and config.tie_word_embeddings)}
-    for name in kept:
-        if name not in expected:
-            hint = ", a reward model's: this is no language model" if name.startswith(("score.", "reward_head.")) else ""
-            raise ValueError(f"{kept[name].file}: unexpected tensor {name}{hint}")
-    missing = [name for name in expected if name not in kept]
-    if missing:
-        files = {tensor.file for tensor in kept.values()}
-        raise ValueError(f"{files.pop() if len(files) == 1 else path}: missing tensor {missing[0]}"
-                         + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
-    return model, kept
+    return model, check_names(path, stored, dict(model.named_parameters()))  # a tied lm_head is in it once, as the embedding
 
 
-def load_tensors(stored: dict[str, Stored], dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-                 progress: bool = False, like: nn.Module | None = None) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, name, tensor) for each, converted and moved, one in memory at a time. Shapes must be those of `like`."""
-    # A model's final norm is near 1, a difference's near 0: read first, it spares reading the rest.
-    names = sorted(stored, key=lambda name: not name.endswith("model.norm.weight"))
-    for name in with_bar(names, "load", progress):
-        file, tensor = stored[name].file, read_tensor(stored[name], name)
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"{file}: tensor {name} is of {tensor.dtype}: quantised models are only read from GGUF")
-        if like is not None and tensor.shape != (shape := like.get_parameter(name).shape):
-            raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, its configuration asks for "
-                             f"{tuple(shape)}")
-        if name.endswith("model.norm.weight") and tensor.float().abs().mean() < 0.02:
-            raise ValueError(_difference_message(file.parent))
-        moved = tensor.to(device=device, dtype=dtype)
-        if moved.data_ptr() == tensor.data_ptr() and not stored[name].copied:
-            moved = moved.clone()  # a view of the file would change when the file does
-        del tensor  # or it would still be there while the next one is read
-        yield file, name, moved
+def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Puts each tensor in the place of the parameter of that name."""
+    for name, tensor in tensors:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
-def _difference_message(path: Path) -> str:
-    return (f"{path}: holds the difference to another model's weights, not a model: recover the model first, "
-            f"python model.py recover --base LLAMA_DIR --diff {path} --out DIR")
+def open_plain_folder(path: Path, dtype: torch.dtype | None, device: Any) -> tuple[Llama, Iterable[tuple[str, Tensor]]]:
+    """(a model without memory, its tensors) for a copy of this file without formats/: config.json and *.safetensors."""
+    config = LlamaConfig.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    tensors = {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    model = without_memory(config)
+    for name, parameter in model.named_parameters():  # a tied lm_head is in it once, as the embedding
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise ValueError(f"{path}: tensor {name} is missing, or not of shape {tuple(parameter.shape)}")
+    return model, [(name, tensors[name].to(device, dtype)) for name, _ in model.named_parameters()]
 
 
-def read_tensor(stored: Stored, name: str) -> Tensor:
-    """The tensor, on the CPU, maybe still lying in its file; a damaged file is named together with the tensor."""
-    try:
-        return stored.read()
-    except Exception as error:  # torch, pickle, zip, safetensors and numpy each raise their own kinds
-        raise ValueError(f"{stored.file}: tensor {name} cannot be read, truncated or damaged "
-                         f"({first_line(error)})") from error
-
-
-def first_line(error: Exception) -> str:
-    """The libraries' messages run over many lines."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def with_bar(items: Any, label: str, progress: bool) -> Any:
-    """The items, with a progress bar where it takes longer than two seconds."""
-    if not progress:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc=label, unit="tensor", delay=2, leave=False)
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The files that hold a folder's weights: safetensors before .bin, one file before shards."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / name).is_file():
-            return [directory / name]
-        index = directory / f"{name}.index.json"
-        if index.is_file():
-            shards = parse_json(index, lambda values: sorted(map(_own_folder, set(values["weight_map"].values()))))
-            for shard in shards:
-                if not (directory / shard).is_file():
-                    raise FileNotFoundError(f"{directory / shard}: not found, but {index.name} names it")
-            return [directory / shard for shard in shards]
-    raise FileNotFoundError(f"{directory}: no model.safetensors or pytorch_model.bin, whole or with .index.json")
-
-
-def _own_folder(shard: str) -> str:
-    if not isinstance(shard, str) or Path(shard).name != shard:
-        raise ValueError(f"names the file {shard!r}, which is not in its own folder")
-    return shard
-
-
-def _safetensors(file: Path) -> dict[str, Stored]:
-    def read(name: str) -> Tensor:
-        # Opened anew for each: the pages read through one mapping all stay resident until it is closed.
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: Stored(file, partial(read, name)) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: cannot be read, truncated or damaged ({first_line(error)})") from error
-
-
-def bin_tensors(file: Path) -> dict[str, Stored]:
-    """The tensors of a file that torch.save wrote. weights_only: a pickle that would run code is refused, not run."""
-    # A file from before torch 1.6 is no zip archive and can only be read as a whole.
-    with open(file, "rb") as opened:
-        zipped = opened.read(4) == b"PK\x03\x04"
-    load = partial(torch.load, file, map_location="cpu", weights_only=True, mmap=zipped)
-    try:
-        tensors = load()
-    except pickle.UnpicklingError as error:
-        # Not torch's message, which advises to load it without weights_only.
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"{file}: refused, and none of it was run: it is damaged, or holds code beside tensors"
-                         + (f" ({code[1]})" if code else "")) from error
-    except Exception as error:  # torch and zip each raise their own kinds
-        raise ValueError(f"{file}: cannot be read, truncated or damaged ({first_line(error)})") from error
-    if not (isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-            and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
-        raise ValueError(f"{file}: holds something else than tensors by name")
-    if not zipped:
-        return {name: Stored(file, lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
-    read = _renewing(load, {name: tensor.nbytes for name, tensor in tensors.items()})
-    return {name: Stored(file, partial(read, name)) for name in tensors}
-
-
-def _renewing(load: Callable[[], dict[str, Tensor]], sizes: dict[str, int]) -> Callable[[str], Tensor]:
-    """A function that reads a tensor by name from the file that `load` maps.
-
-    What was read through a mapping stays resident until it is closed: a new one takes its place before that comes to more
-    than the largest tensor or a twentieth of the file, and none is left after the last tensor. A new one for each tensor
-    would be quadratic, since opening a file takes time for every tensor in it.
-    """
-    mapped: dict[str, Tensor] = {}
-    unread, resident, limit = set(sizes), 0, max([*sizes.values(), sum(sizes.values()) // 20])
-
-    def read(name: str) -> Tensor:
-        nonlocal mapped, resident
-        if not mapped or resident + sizes[name] > limit:
-            mapped, resident = {}, 0  # first, so that there are never two
-            mapped = load()
-        tensor = mapped[name]
-        resident += sizes[name]
-        unread.discard(name)
-        if not unread:
-            mapped = {}
-        return tensor
-
-    return read
-
-
-def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
+def _write(file: Path, write: Callable[[Path], object]) -> None:
     """Write beside the file and rename: a crash in between leaves the last good file whole."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
@@ -841,16 +640,16 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
         os.replace(temporary, file)
     except SafetensorError as error:  # its own kind for a full disk
-        raise OSError(f"{file}: cannot be written ({first_line(error)})") from error
+        raise OSError(f"{file}: cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def main() -> int:
     """convert and recover, which need more than this file."""
-    import checkpoints
+    from formats import convert
 
-    return checkpoints.main()
+    return convert.main(open_model)
 
 
 if __name__ == "__main__":

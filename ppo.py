@@ -1,20 +1,21 @@
+# SPDX-License-Identifier: MIT
 """PPO for language models, in the order in which it runs: rollout → shaped rewards → advantages → update.
 
-Sun, Gupta and Iyyer (2023), section 3; Schulman et al. (2017) for the losses. Pure functions of tensors and callables:
-`collect` makes one rollout, `update` takes the optimiser steps on it, and a training loop is those two lines.
+Sun, Gupta and Iyyer (2023), section 3; Schulman et al. (2017) for the losses. One PPO step is two lines,
 
-A model is any callable that takes tensors on its own device (attention_mask is 1 at real tokens):
+    rollout = collect(actors, penalty, prompts, prompt_mask, config)     # steps 1 to 4
+    stats = update(actors, rollout, optimizer, config)                   # steps 5 to 7
 
-    policy(input_ids, attention_mask, keep) -> logits (B, keep, V) of the last `keep` positions; `reference` is alike
-    value(input_ids, attention_mask) -> (B, S)
-    reward(input_ids, attention_mask, n) -> (B,); the last n positions are the response's, should it want to know
-    generate(prompts, prompt_mask) -> responses (B, up to T), sampled from the policy at config.temperature, or
-        (responses, logprobs): do so where the sampler's are as exact as the update's (float32 throughout). It saves one
-        forward pass in four; a bf16 KV cache, or adapters rounded for sampling, would start the ratio off 1
+    1  sample a response to every prompt                                 generate, sample_and_score
+    2  let policy, value, reference and reward model read it             sample_and_score
+    3  shape rewards: the score at the end, less a penalty at each token shape_rewards (Eq. 3), whiten
+    4  estimate how much better each token was than expected             gae
+    5  shuffle the rollout into optimiser steps, a few times over        update
+    6  clipped losses of policy (Eq. 2) and value, token by token        policy_loss, value_loss
+    7  one gradient over all micro-batches, clipped once, one step       gradient_step
 
-so a Hugging Face model needs one line, `lambda ids, mask, keep: hf(ids, mask, logits_to_keep=keep).logits`. Dropout is
-the caller's: put the models in eval mode for `collect` and in train mode for `update`. So is the learning rate: set it
-once per PPO step (`learning_rate` below), not per optimiser step, which is how the released code counts too.
+Dropout is the caller's: put the models in eval mode for `collect` and in train mode for `update`. So is the learning rate:
+set it once per PPO step (`learning_rate` below), not per optimiser step, which is how the released code counts too.
 
 Departures from the released code, each explained where it happens: padding counts nowhere; gradients accumulate over
 distinct micro-batches; whitened rewards are scaled, not shifted; the logged KL is unclamped.
@@ -26,6 +27,7 @@ Shapes: B batch, P prompt length (left-padded), T response length (right-padded)
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,66 +37,68 @@ Stats = dict[str, Tensor]
 Progress = Callable[[str, int], None]  # called with ("generate" | "score" | "update", number of responses just done)
 
 
-def setting(default, unit: str, help: str):
-    """A configuration field; the training program makes its command-line flag and --help line from the metadata."""
-    return field(default=default, metadata={"unit": unit, "help": help})
+def setting(default: Any, unit: str, help: str, **bounds: float):
+    """A configuration field; the training program makes its command-line flag and --help line from the metadata.
+
+    bounds: low or above, high or below, which check_bounds holds the value to.
+    """
+    return field(default=default, metadata={"unit": unit, "help": help, "bounds": bounds})
 
 
 @dataclass
 class PPOConfig:
     """Every number of PPO, with the paper's value (section 2.2) or, where it is silent, the released code's."""
 
-    rollout_batch_size: int = setting(256, "responses", "sampled per PPO step")
-    step_batch_size: int = setting(128, "responses", "per optimiser step; the released code in effect uses 16")
-    micro_batch_size: int = setting(8, "responses", "per forward pass, with backward or without; changes memory only")
-    rollout_micro_batch_size: int = setting(32, "responses", "generated at once; changes memory only")
-    ppo_epochs: int = setting(2, "epochs", "passes over each rollout")
-    response_length: int = setting(300, "tokens", "longest response that is sampled")
-    temperature: float = setting(1.0, "", "divides the logits in sampling and in every log-probability alike")
+    rollout_batch_size: int = setting(256, "responses", "sampled per PPO step", low=1)
+    step_batch_size: int = setting(128, "responses", "per optimiser step; the released code in effect uses 16", low=1)
+    micro_batch_size: int = setting(8, "responses", "per forward pass, with backward or without; changes memory only", low=1)
+    rollout_micro_batch_size: int = setting(32, "responses", "generated at once; changes memory only", low=1)
+    ppo_epochs: int = setting(2, "epochs", "passes over each rollout", low=1)
+    response_length: int = setting(300, "tokens", "longest response that is sampled", low=1)
+    temperature: float = setting(1.0, "", "divides the logits in sampling and in every log-probability alike", above=0)
     missing_eos_penalty: float | None = setting(None, "reward", "score of a response without EOS; None: its own")
-    beta: float = setting(0.02, "reward/nat", "coefficient of the penalty (Eq. 3)")
-    kl_target: float | None = setting(None, "nats/token", "KL towards which beta adapts; None: beta stays fixed")
+    beta: float = setting(0.02, "reward/nat", "coefficient of the penalty (Eq. 3)", low=0)
+    kl_target: float | None = setting(None, "nats/token", "KL towards which beta adapts; None: beta stays fixed", above=0)
     kl_horizon: float = setting(10_000, "responses", "the larger, the slower an adaptive beta moves")
-    gamma: float = setting(1.0, "", "discount per token")
-    lam: float = setting(0.95, "", "GAE's lambda: 0 trusts the value model, 1 the observed rewards")
+    gamma: float = setting(1.0, "", "discount per token", low=0, high=1)
+    lam: float = setting(0.95, "", "GAE's lambda: 0 trusts the value model, 1 the observed rewards", low=0, high=1)
     whiten_rewards: bool = setting(True, "", "scale shaped rewards to unit deviation over the rollout")
-    cliprange: float = setting(0.2, "", "how far the probability ratio may leave 1 (epsilon of Eq. 2)")
-    cliprange_value: float = setting(0.2, "reward", "how far a value may leave the rollout's")
-    vf_coef: float = setting(0.1, "", "weight of the value loss")
-    max_grad_norm: float = setting(1.0, "", "gradients longer than this are scaled down to it")
-    learning_rate: float = setting(1e-5, "", "peak; rises over warmup_steps, then falls linearly to the last step")
-    warmup_steps: int = setting(5, "PPO steps", "until the peak learning rate")
-    adam_eps: float = setting(1e-5, "", "Adam's epsilon")
+    cliprange: float = setting(0.2, "", "how far the probability ratio may leave 1 (epsilon of Eq. 2)", above=0)
+    cliprange_value: float = setting(0.2, "reward", "how far a value may leave the rollout's", above=0)
+    vf_coef: float = setting(0.1, "", "weight of the value loss", low=0)
+    max_grad_norm: float = setting(1.0, "", "gradients longer than this are scaled down to it", above=0)
+    learning_rate: float = setting(1e-5, "", "peak; rises over warmup_steps, then falls linearly to the last step", above=0)
+    warmup_steps: int = setting(5, "PPO steps", "until the peak learning rate", low=0)
+    adam_eps: float = setting(1e-5, "", "Adam's epsilon", above=0)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} is {value}: must be a finite number")
-        for name in ("rollout_batch_size", "step_batch_size", "micro_batch_size", "rollout_micro_batch_size",
-                     "ppo_epochs", "response_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: must be at least 1")
-        for name in ("temperature", "cliprange", "cliprange_value", "max_grad_norm", "learning_rate", "adam_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: must be above 0")
-        for name in ("beta", "vf_coef", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: must be at least 0")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: must be from 0 to 1")
-        if self.kl_target is not None and not self.kl_target > 0:
-            raise ValueError(f"kl_target is {self.kl_target}: must be above 0, or None for a fixed beta")
+        check_bounds(self)
         if self.kl_horizon < self.rollout_batch_size:  # beta would jump, and could turn negative
             raise ValueError(f"kl_horizon {self.kl_horizon} is below rollout_batch_size {self.rollout_batch_size}")
         require_divisible("rollout_batch_size", self.rollout_batch_size, "step_batch_size", self.step_batch_size)
         require_divisible("step_batch_size", self.step_batch_size, "micro_batch_size", self.micro_batch_size)
 
 
-def require_divisible(whole: str, size: int, part: str, part_size: int) -> None:
-    """Raises ValueError with both names and values: a remainder would be dropped or weighted unlike the rest."""
-    if size % part_size:
-        raise ValueError(f"{whole} {size} is not a multiple of {part} {part_size}")
+@dataclass
+class Actors:
+    """The four models of RLHF, and the policy's sampler, each as a callable of tensors on its own device.
+
+    attention_mask is 1 at real tokens, which stand on the right: positions must be counted from it, as model.py does (a
+    Hugging Face model takes them as position_ids; README.md has the lines).
+    """
+
+    policy: Callable     # (input_ids, attention_mask, keep) -> logits (B, keep, V) of the last `keep` positions
+    value: Callable      # (input_ids, attention_mask) -> (B, S)
+    reference: Callable  # as policy
+    reward: Callable     # (input_ids, attention_mask, n) -> (B,); the last n positions are the response's
+    # (prompts, prompt_mask) -> responses (B, up to T), sampled from the policy at config.temperature; or (responses, logprobs),
+    # where the sampler's are as exact as the update's: it saves one forward pass in four. A bf16 KV cache, or adapters rounded
+    # for sampling, would start the ratio off 1.
+    generate: Callable
+    eos_token_id: int
+    pad_token_id: int
+    policy_device: Any = "cpu"     # policy and value
+    reference_device: Any = "cpu"  # reference and reward
 
 
 @dataclass
@@ -133,228 +137,38 @@ class Rollout:
         return pack(self.prompts, self.prompt_mask, self.responses, self.mask, width)
 
 
-def first_column(prompt_mask: Tensor) -> int:
-    """Where the longest of the left-padded prompts begins: what stands before is padding in every row."""
-    return int(prompt_mask.bool().any(0).int().argmax())
-
-
-def longest(mask: Tensor) -> int:
-    """Length of the longest response: what stands behind is padding in every row."""
-    return int(mask.sum(1).max())
-
-
-def real(x: Tensor, mask: Tensor) -> Tensor:
-    """x in float32, 0 in the padding. Filling, not multiplying, keeps even a NaN there out of sums and gradients.
-
-    Raises ValueError unless x has the mask's shape: broadcasting would train on the wrong tokens without a word.
-    """
-    if x.shape != mask.shape:
-        raise ValueError(f"expected the mask's shape {tuple(mask.shape)} (B, T), got {tuple(x.shape)}")
-    return x.float().masked_fill(~mask.bool(), 0.0)
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over real tokens: each token counts alike, whichever response it is in."""
-    return real(x, mask).sum() / mask.sum()
-
-
-def token_mean_error(x: Tensor, mask: Tensor) -> Tensor:
-    """Standard error of masked_mean(x, mask) when responses are independent and their tokens are not."""
-    lengths, n = mask.sum(1), len(mask)
-    residuals = (real(x, mask).float().sum(1) - masked_mean(x, mask) * lengths).square().sum()
-    return (residuals * n / max(1, n - 1)).sqrt() / lengths.sum()
-
-
-def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
-    """Population variance over real tokens."""
-    return masked_mean((x - masked_mean(x, mask)).square(), mask)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollout (section 3.1): sample, then let all four models read what was sampled
-
-
-def sample(generate: Callable, prompts: Tensor, prompt_mask: Tensor, eos_token_id: int,
-           pad_token_id: int) -> dict[str, Tensor]:
-    """One chunk of the rollout: responses and mask, and logprobs where generate returns (responses, logprobs)."""
-    sampled = generate(prompts, prompt_mask)
-    responses, *logprobs = sampled if isinstance(sampled, tuple) else (sampled,)
-    mask = response_mask(responses, eos_token_id)
-    chunk = {"responses": responses.masked_fill(~mask, pad_token_id), "mask": mask}  # what was sampled behind EOS is gone
-    return chunk | ({"logprobs": logprobs[0].float()} if logprobs else {})
-
-
-def stack(chunks: list[dict[str, Tensor]], width: int = 0) -> dict[str, Tensor]:
-    """The chunks as one, padded on the right with zeros to the widest or to width: a chunk ends early, as its rows do."""
-    width = max([width, *(x.shape[1] for chunk in chunks for x in chunk.values() if x.ndim == 2)])
-    return {name: torch.cat([F.pad(chunk[name], (0, width - chunk[name].shape[1])) if chunk[name].ndim == 2 else chunk[name]
-                             for chunk in chunks]) for name in chunks[0]}
-
-
-def response_mask(responses: Tensor, eos_token_id: int) -> Tensor:
-    """(B, T) token ids → (B, T) bool, true through and including the first EOS.
-
-    It never looks at pad ids: where pad = EOS, as in many tokenizers, a mask from pad ids would drop the EOS itself,
-    and with it the token that carries the score.
-    """
-    is_eos = (responses == eos_token_id).long()
-    return is_eos.cumsum(1) - is_eos == 0  # no EOS strictly before this token
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Log-probability of each token under softmax(logits / temperature): (B, T, V), (B, T) → (B, T), float32.
-
-    The temperature is that of sampling, in rollout and update alike: otherwise the ratio of Eq. 2 would compare two
-    distributions from neither of which anything was sampled. (Hence no top-p or top-k either: this could not follow.)
-    """
-    return TokenLogprobs.apply(logits, tokens, temperature)[0]
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """(logits (B, T, V), tokens (B, T), temperature) → (logprobs, entropy), both (B, T), float32, entropy in nats.
-
-    In plain torch: log_pi = (logits.float() / temperature).log_softmax(-1), of which gather(-1, tokens) and
-    −(exp(log_pi) · log_pi).sum(-1) are the results. That makes half a dozen float32 tensors of the largest size there is
-    and keeps some for the backward pass; here it goes a few rows at a time, through the processor's cache, and keeps one
-    number a row. Entropy is watched and not trained: no gradient comes from it.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        rows, tokens = logits.flatten(0, 1), tokens.flatten().unsqueeze(1)
-        chunk = max(1, (2**19 if logits.device.type == "cpu" else 2**27) // rows.shape[1])
-        found = []
-        for x, token in zip(rows.split(chunk), tokens.split(chunk), strict=True):
-            x = x.float() / temperature
-            log_sum = x.logsumexp(-1, keepdim=True)
-            log_pi = x - log_sum
-            entropy = -log_pi.exp().mul_(log_pi).sum(-1)
-            found.append((log_pi.gather(-1, token).squeeze(1), entropy, log_sum))
-        logprobs, entropy, log_sums = (torch.cat(parts) for parts in zip(*found, strict=True))
-        logprobs, entropy = logprobs.view(logits.shape[:2]), entropy.view(logits.shape[:2])
-        ctx.save_for_backward(logits, tokens, log_sums)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, None, None]:
-        """d logprob / d logits = (one-hot of the token − π) / temperature."""
-        logits, tokens, log_sums = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        parts = (x.split(ctx.chunk) for x in (logits.flatten(0, 1), tokens, log_sums, (grad / ctx.temperature).reshape(-1, 1),
-                                              result.flatten(0, 1)))
-        for x, token, log_sum, g, out in zip(*parts, strict=True):
-            pi = (x.float() / ctx.temperature).sub_(log_sum).exp_()
-            out.copy_(pi.mul_(-g).scatter_add_(-1, token, g))
-        return result, None, None
-
-
-def join(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask (B, P + T); tokens behind EOS are masked out, whatever their id."""
-    return torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1)
-
-
-@dataclass
-class Packed:
-    """Prompts and responses with all their padding on the left, so that a batch is as wide as its longest row.
-
-    Padded on both sides it would be as wide as the longest prompt and the longest response together, about a quarter
-    more at the paper's lengths. The last token of every response stands in the last column.
-    """
-
-    sequence: Tensor   # (B, S) token ids
-    attention: Tensor  # (B, S) 1 at real tokens
-    back: Tensor       # (B, T) which of the last T columns holds response token t; arbitrary where there is none
-
-    def to(self, device) -> "Packed":
-        return Packed(self.sequence.to(device), self.attention.to(device), self.back.to(device))
-
-
-def pack(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor, width: int | None = None) -> Packed:
-    """Left-padded prompts and right-padded responses as one row each; width: of the longest, else P + T."""
-    sequence, attention = join(prompts, prompt_mask, responses, mask)
-    order = attention.argsort(dim=1, stable=True)  # padding first, then the real tokens as they stood
-    sequence, attention = sequence.gather(1, order), attention.gather(1, order)
-    if width is not None:
-        sequence, attention = sequence[:, -width:], attention[:, -width:]
-    T = mask.shape[1]
-    return Packed(sequence, attention, (torch.arange(T, device=mask.device) - mask.sum(1, keepdim=True)) % T)
-
-
-def longest_row(prompt_mask: Tensor, mask: Tensor) -> int:
-    """Real tokens of the longest prompt and response together."""
-    return int((prompt_mask.sum(1) + mask.sum(1)).max())
-
-
-def in_batches(read: Callable, size: int, prompts: Tensor, prompt_mask: Tensor, responses: Tensor,
-               mask: Tensor) -> dict[str, Tensor]:
-    """read(packed, sequence, attention) → {name: (b, t) or (b,)} on `size` rows at a time, put together as (B, T) or (B,).
-
-    Rows of like length go together, without the padding that they share: the cost follows the real tokens.
-    """
-    order = (prompt_mask.sum(1) + mask.sum(1)).argsort(stable=True)
-    found = []
-    for rows in order.split(size):
-        start, stop = first_column(prompt_mask[rows]), longest(mask[rows])
-        batch = prompts[rows, start:], prompt_mask[rows, start:], responses[rows, :stop], mask[rows, :stop]
-        found.append(read(pack(*batch, width=longest_row(batch[1], batch[3])), *join(*batch)))
-    unsort = order.argsort()
-    return {name: x[unsort.to(x.device)] for name, x in stack(found, mask.shape[1]).items()}
-
-
-def response_logits(model: Callable, text: Packed) -> Tensor:
-    """The logits (B, T, V) from which the last T columns were drawn: those one position before each.
-
-    The last token decides none of them and is left away, so that the model makes no logits that nobody looks at.
-    """
-    return model(text.sequence[:, :-1], text.attention[:, :-1], text.back.shape[1])
-
-
-def response_logprobs(model: Callable, text: Packed, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log-probability of each response token, entropy of its distribution), both (B, T)."""
-    drawn = text.sequence[:, -text.back.shape[1]:]
-    logprobs, entropy = TokenLogprobs.apply(response_logits(model, text), drawn, temperature)
-    return logprobs.gather(1, text.back), entropy.gather(1, text.back)
-
-
-def response_values(value: Callable, text: Packed) -> Tensor:
-    """Values (B, T), float32, one position before each response token: what to expect as the token is chosen."""
-    values = value(text.sequence[:, :-1], text.attention[:, :-1])
-    return values[:, -text.back.shape[1]:].float().gather(1, text.back)
+# ------------------------------------------------------------------------------ steps 1 to 4: the rollout (section 3.1)
 
 
 @torch.no_grad()
-def score(policy: Callable, value: Callable, reference: Callable, reward: Callable,
-          prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor, *,
-          temperature: float, policy_device, reference_device) -> dict[str, Tensor]:
-    """What the four models say of given responses: logprobs, ref_logprobs, values (B, T) and scores (B,).
+def collect(actors: Actors, penalty: Callable, prompts: Tensor, prompt_mask: Tensor, config: PPOConfig,
+            beta: float | None = None, progress: Progress = lambda phase, n: None) -> Rollout:
+    """Samples one response to each prompt (B, P) and works out what it was worth.
 
-    Policy and value read the sequences on policy_device, reference and reward on reference_device; every result ends on
-    policy_device. The old log-probabilities come from the forward pass that the update uses.
+    penalty(logprobs, ref_logprobs) → (B, T) is the divergence estimator; beta, its coefficient, is config.beta unless
+    given (an adaptive one changes from step to step). Raises NotFinite for NaN or infinity.
     """
-    batch = prompts, prompt_mask, responses, mask
-    said = score_trained(policy, value, pack(*batch), temperature, policy_device)
-    frozen = score_frozen(reference, reward, pack(*batch), *join(*batch), temperature, reference_device)
-    return said | {name: x.to(policy_device) for name, x in frozen.items()}
+    prompts, prompt_mask = prompts.to(actors.policy_device), prompt_mask.to(actors.policy_device)
+    # 1, 2: sample, and let all four models read what was sampled
+    scored = sample_and_score(actors, prompts, prompt_mask, config, progress)
+    responses, mask, scores = (scored.pop(name) for name in ("responses", "mask", "scores"))
+    scored = {name: real(x, mask) for name, x in scored.items()}  # logprobs, ref_logprobs, values
+    # 3: rewards
+    finished = (mask & (responses == actors.eos_token_id)).any(1)  # token ids: decoded text may hide or imitate an EOS
+    missing = config.missing_eos_penalty
+    judged = scores if missing is None else scores.masked_fill(~finished, missing)
+    penalties = real(penalty(scored["logprobs"], scored["ref_logprobs"]), mask)
+    rewards = shape_rewards(judged, penalties, mask, config.beta if beta is None else beta)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    # 4: advantages
+    advantages, returns = gae(rewards, scored["values"], mask, config.gamma, config.lam)
+    advantages = whiten(advantages, mask)
 
-
-def score_trained(policy: Callable | None, value: Callable, text: Packed, temperature: float, device) -> dict[str, Tensor]:
-    """logprobs and values (B, T), on device; policy None: their log-probabilities are known already."""
-    text = text.to(device)
-    said = {"values": response_values(value, text)}
-    if policy is not None:
-        said["logprobs"], _ = response_logprobs(policy, text, temperature)
-    return said
-
-
-def score_frozen(reference: Callable, reward: Callable, text: Packed, sequence: Tensor, attention: Tensor,
-                 temperature: float, device) -> dict[str, Tensor]:
-    """ref_logprobs (B, T) and scores (B,), on device. The reward model reads `join`'s rows, whose responses all begin
-    at the same column."""
-    ref_logprobs, _ = response_logprobs(reference, text.to(device), temperature)
-    scores = reward(sequence.to(device), attention.to(device), text.back.shape[1])
-    return {"ref_logprobs": ref_logprobs, "scores": scores.float()}
+    rollout = Rollout(prompts, prompt_mask, responses, mask, finished, scores=scores, penalties=penalties, rewards=rewards,
+                      advantages=advantages, returns=returns, **scored)
+    check_finite(rollout)
+    return rollout
 
 
 def shape_rewards(scores: Tensor, penalties: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -385,7 +199,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = PPOConfig.
     rewards, values = real(rewards, mask), real(values, mask)
     next_values = F.pad(values[:, 1:], (0, 1))
     deltas = rewards + gamma * next_values - values
-    advantage, backwards = torch.zeros_like(deltas[:, 0]), []
+    advantage = torch.zeros_like(deltas[:, 0])
+    backwards = []
     for delta in deltas.unbind(1)[::-1]:
         advantage = delta + gamma * lam * advantage
         backwards.append(advantage)
@@ -394,93 +209,183 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = PPOConfig.
 
 
 @torch.no_grad()
-def sample_and_score(policy: Callable, value: Callable, reference: Callable, reward: Callable, generate: Callable,
-                     prompts: Tensor, prompt_mask: Tensor, config: PPOConfig, *, eos_token_id: int, pad_token_id: int,
-                     policy_device, reference_device, progress: Progress) -> dict[str, Tensor]:
+def sample_and_score(actors: Actors, prompts: Tensor, prompt_mask: Tensor, config: PPOConfig,
+                     progress: Progress) -> dict[str, Tensor]:
     """responses, mask, logprobs, ref_logprobs, values (B, T) and scores (B,), all on policy_device.
 
     On two devices the second reads each chunk as soon as it is sampled, while the first samples the next one: a GPU
-    works through what is queued for it and the program goes on.
+    works through what is queued for it and the program goes on. The old log-probabilities are the sampler's where it
+    returns them, else those of the forward pass that the update uses; self_check holds either against the update's.
     """
-    temperature, two_devices = config.temperature, torch.device(policy_device) != torch.device(reference_device)
+    two_devices = torch.device(actors.policy_device) != torch.device(actors.reference_device)
 
-    def read_frozen(text: Packed, sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
-        return score_frozen(reference, reward, text, sequence, attention, temperature, reference_device)
+    def read_frozen(text: "Packed", sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
+        return score_frozen(actors, text, sequence, attention, config.temperature)
 
     sampled, queued = [], []
     for rows in torch.arange(len(prompts), device=prompts.device).split(config.rollout_micro_batch_size):
         start = first_column(prompt_mask[rows])
-        chunk = sample(generate, prompts[rows, start:], prompt_mask[rows, start:], eos_token_id, pad_token_id)
+        chunk = sample(actors, prompts[rows, start:], prompt_mask[rows, start:])
         if two_devices:
             batch = prompts[rows], prompt_mask[rows], chunk["responses"], chunk["mask"]
             queued.append(in_batches(read_frozen, config.micro_batch_size, *batch))
         sampled.append(chunk)
         progress("generate", len(rows))
-    said = stack(sampled)
-    said["responses"] = said["responses"].masked_fill(~said["mask"], pad_token_id)
-    unscored = policy if "logprobs" not in said else None  # else the sampler's log-probabilities are as good
+    rollout = stack(sampled)
+    responses = rollout["responses"] = rollout["responses"].masked_fill(~rollout["mask"], actors.pad_token_id)
+    logprobs_known = "logprobs" in rollout
 
-    def read(text: Packed, sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
-        scored = score_trained(unscored, value, text, temperature, policy_device)
+    def read(text: "Packed", sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
+        scored = score_trained(actors, text, config.temperature, logprobs_known)
         scored |= {} if two_devices else read_frozen(text, sequence, attention)
         progress("score", len(sequence))
         return scored
 
-    said |= in_batches(read, config.micro_batch_size, prompts, prompt_mask, said["responses"], said["mask"])
+    rollout |= in_batches(read, config.micro_batch_size, prompts, prompt_mask, responses, rollout["mask"])
     if two_devices:
-        said |= {name: x.to(policy_device) for name, x in stack(queued, said["mask"].shape[1]).items()}
-    return said
-
-
-@torch.no_grad()
-def collect(policy: Callable, value: Callable, reference: Callable, reward: Callable, generate: Callable,
-            penalty: Callable, prompts: Tensor, prompt_mask: Tensor, config: PPOConfig, *,
-            eos_token_id: int, pad_token_id: int, policy_device, reference_device, beta: float | None = None,
-            progress: Progress = lambda phase, n: None) -> Rollout:
-    """Samples one response to each prompt (B, P) and works out what it was worth (section 3.1, "Rollout").
-
-    penalty(logprobs, ref_logprobs) → (B, T) is the divergence estimator; beta, its coefficient, is config.beta unless
-    given (an adaptive one changes from step to step). The module docstring tells the form of the five callables.
-    The old log-probabilities are the sampler's where it returns them, else those of the forward pass that the update
-    uses; self_check holds either against the update's.
-    """
-    prompts, prompt_mask = prompts.to(policy_device), prompt_mask.to(policy_device)
-    said = sample_and_score(policy, value, reference, reward, generate, prompts, prompt_mask, config,
-                            eos_token_id=eos_token_id, pad_token_id=pad_token_id, policy_device=policy_device,
-                            reference_device=reference_device, progress=progress)
-    responses, mask, scores = (said.pop(name) for name in ("responses", "mask", "scores"))
-    said = {name: real(x, mask) for name, x in said.items()}
-
-    finished = (mask & (responses == eos_token_id)).any(1)  # token ids: decoded text may hide or imitate an EOS
-    missing = config.missing_eos_penalty
-    judged = scores if missing is None else scores.masked_fill(~finished, missing)
-    penalties = real(penalty(said["logprobs"], said["ref_logprobs"]), mask)
-    rewards = shape_rewards(judged, penalties, mask, config.beta if beta is None else beta)
-    if config.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, said["values"], mask, config.gamma, config.lam)
-    rollout = Rollout(prompts, prompt_mask, responses, mask, finished, scores=scores, penalties=penalties, rewards=rewards,
-                      advantages=whiten(advantages, mask), returns=returns, **said)
-    check_finite(rollout)
+        frozen = stack(queued, rollout["mask"].shape[1])
+        rollout |= {name: x.to(actors.policy_device) for name, x in frozen.items()}
     return rollout
 
 
-class NotFinite(FloatingPointError):
-    """A quantity is NaN or infinite. Raised before an optimiser could take it; `rollout` holds what led to it."""
-
-    def __init__(self, message: str, rollout: Rollout):
-        super().__init__(message)
-        self.rollout = rollout
+# ------------------------------------------------------------------------------- steps 5 to 7: the update (section 3.1)
 
 
-def check_finite(rollout: Rollout) -> None:
-    """Raises NotFinite for the first quantity, in the order in which they are computed, that holds NaN or infinity."""
-    for name in ("logprobs", "ref_logprobs", "values", "scores", "penalties", "rewards", "advantages", "returns"):
-        bad = ~getattr(rollout, name).isfinite()
-        if bool(bad.any()):
-            rows = bad.flatten(1).any(1).nonzero()[:, 0].tolist() if bad.dim() > 1 else bad.nonzero()[:, 0].tolist()
-            raise NotFinite(f"{name} of {len(rows)} of {len(rollout)} responses (the first is number {rows[0] + 1}) are NaN or "
-                            "infinite", rollout)
+def update(actors: Actors, rollout: Rollout, optimizer: torch.optim.Optimizer, config: PPOConfig,
+           generator: torch.Generator | None = None, progress: Progress = lambda phase, n: None) -> dict[str, float]:
+    """ppo_epochs passes over the rollout in optimiser steps of step_batch_size responses, reshuffled each epoch.
+
+    The optimiser holds every trained parameter of policy and value; their joint gradient norm is clipped once per step.
+    generator (CPU) alone decides the order, so that a resumed run repeats it. Returns each statistic's mean over all
+    steps (ratio_max: the largest). Raises ValueError when step_batch_size does not divide the rollout,
+    NotFinite when a loss or gradient is not.
+    """
+    require_divisible("rollout of", len(rollout), "step_batch_size", config.step_batch_size)
+    history = []
+    for _ in range(config.ppo_epochs):  # 5: each epoch in another order
+        order = torch.randperm(len(rollout), generator=generator).to(rollout.mask.device)
+        for rows in order.split(config.step_batch_size):
+            history.append(gradient_step(actors, rollout, rows, optimizer, config))
+            progress("update", len(rows))
+    means = average(history, [1 / len(history)] * len(history))
+    return {name: x.item() for name, x in means.items()}
+
+
+def gradient_step(actors: Actors, rollout: Rollout, rows: Tensor, optimizer: torch.optim.Optimizer,
+                  config: PPOConfig) -> Stats:
+    """One optimiser step on the given rows of the rollout, accumulated over micro-batches.
+
+    Each micro-batch counts by its share of the tokens, so any split gives the gradient of the undivided batch; a mean
+    of means would weight tokens by the length of the responses beside them. (The released code goes over the same
+    micro-batch again and again, and clips in between.) Raises NotFinite before a NaN could reach a weight.
+    """
+    lengths = rollout.prompt_mask[rows].sum(1) + rollout.mask[rows].sum(1)
+    rows = rows[lengths.argsort(stable=True)]  # any split will do: like lengths together waste least
+    n_tokens = rollout.mask[rows].sum()
+    optimizer.zero_grad(set_to_none=True)
+    history, weights = [], []
+    for micro_rows in rows.split(config.micro_batch_size):
+        batch = rollout.micro_batch(micro_rows)
+        weight = batch.mask.sum() / n_tokens
+        # 6: loss = actor + vf_coef · critic. Two backward passes add up to its gradient and hold one model's activations.
+        actor, actor_stats = actor_loss(actors.policy, batch, config)
+        (weight * actor).backward()
+        del actor
+        critic, critic_stats = critic_loss(actors.value, batch, config)
+        (weight * config.vf_coef * critic).backward()
+        del critic
+        history.append(actor_stats | critic_stats)
+        weights.append(weight)
+    stats = average(history, weights)
+    # 7: one gradient, clipped once, one step
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)  # the norm before clipping
+    for name in ("policy_loss", "value_loss", "grad_norm"):
+        if not stats[name].isfinite():
+            raise NotFinite(f"{name} is {stats[name].item()}; stopped before the optimiser step", rollout)
+    optimizer.step()
+    return stats
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+                cliprange: float = PPOConfig.cliprange) -> tuple[Tensor, Stats]:
+    """Eq. 2, negated to be minimised: −min(r A, clip(r, 1 − ε, 1 + ε) A), mean over real tokens. (B, T) each → scalar.
+
+    approx_kl is the Bregman (k3) estimate of KL(π_old‖π), nats per token: how far the update has moved the policy.
+    """
+    logprobs, old_logprobs, advantages = real(logprobs, mask), real(old_logprobs, mask), real(advantages, mask)
+    log_r = logprobs - old_logprobs
+    r = log_r.exp()
+    unclipped = -advantages * r
+    clipped = -advantages * r.clamp(1 - cliprange, 1 + cliprange)
+    loss = masked_mean(torch.maximum(unclipped, clipped), mask)
+    with torch.no_grad():
+        stats = {
+            "clip_fraction": masked_mean(clipped > unclipped, mask),
+            "approx_kl": masked_mean(log_r.expm1() - log_r, mask),
+            "ratio_mean": masked_mean(r, mask),
+            "ratio_max": real(r, mask).max(),
+        }
+    return loss, {"policy_loss": loss.detach(), **stats}
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
+               cliprange: float = PPOConfig.cliprange_value) -> tuple[Tensor, Stats]:
+    """½ max((V − R)², (V_near − R)²), mean over real tokens; V_near is V kept within cliprange of the rollout's value.
+
+    The maximum is pessimistic like Eq. 2's minimum: moving further than cliprange earns nothing. (B, T) each → scalar.
+    """
+    values, old_values, returns = real(values, mask), real(old_values, mask), real(returns, mask)
+    near = torch.clamp(values, old_values - cliprange, old_values + cliprange)
+    unclipped = (values - returns).square()
+    clipped = (near - returns).square()
+    loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask)
+    return loss, {"value_loss": loss.detach(), "value_clip_fraction": masked_mean(clipped > unclipped, mask)}
+
+
+def actor_loss(policy: Callable, batch: Rollout, config: PPOConfig) -> tuple[Tensor, Stats]:
+    """The policy's loss on one micro-batch, a mean over its real tokens."""
+    logprobs, entropy = response_logprobs(policy, batch.packed(), config.temperature)
+    loss, stats = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.cliprange)
+    return loss, stats | {"entropy": masked_mean(entropy, batch.mask)}
+
+
+def critic_loss(value: Callable, batch: Rollout, config: PPOConfig) -> tuple[Tensor, Stats]:
+    """The value model's loss on one micro-batch, a mean over its real tokens."""
+    values = response_values(value, batch.packed())
+    return value_loss(values, batch.values, batch.returns, batch.mask, config.cliprange_value)
+
+
+def average(history: list[Stats], weights: list) -> Stats:
+    """Weighted mean of each statistic; of those named ..._max the largest."""
+    return {name: torch.stack([s[name] for s in history]).max() if name.endswith("_max")
+            else sum(w * s[name] for w, s in zip(weights, history, strict=True)) for name in history[0]}
+
+
+# ---------------------------------------------------------------------------------------------------- between PPO steps
+
+
+def adapt_beta(beta: float, kl: float, target: float, horizon: float, n: int) -> float:
+    """The coefficient for the next step: Ziegler et al. (2019), section 2.2, a proportional controller.
+
+    kl and target share a unit (kl_target's is nats per token); n responses were sampled in this step. The relative
+    error is limited to ±20%, so that one odd batch moves beta by at most 0.2 · n / horizon of itself.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * n / horizon)
+
+
+def learning_rate(step: int, total_steps: int, config: PPOConfig) -> float:
+    """The rate for PPO step 1 ... total_steps: linear warm-up to the peak, then linear decay.
+
+    Counting from 1 spends no step at rate 0, as counting from 0 does with the first.
+    """
+    warmup_steps = max(1, config.warmup_steps)
+    decay = (total_steps - step + 1) / max(1, total_steps - warmup_steps + 1)
+    return config.learning_rate * min(step / warmup_steps, decay, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------- what a rollout shows
 
 
 def rollout_stats(rollout: Rollout) -> dict[str, float]:
@@ -507,6 +412,13 @@ def rollout_stats(rollout: Rollout) -> dict[str, float]:
     return {name: x.item() for name, x in stats.items()}
 
 
+def token_mean_error(x: Tensor, mask: Tensor) -> Tensor:
+    """Standard error of masked_mean(x, mask) when responses are independent and their tokens are not."""
+    lengths, n = mask.sum(1), len(mask)
+    residuals = (real(x, mask).float().sum(1) - masked_mean(x, mask) * lengths).square().sum()
+    return (residuals * n / max(1, n - 1)).sqrt() / lengths.sum()
+
+
 @torch.no_grad()
 def self_check(policy: Callable, rollout: Rollout, config: PPOConfig) -> dict[str, float]:
     """Before the first update and in eval mode all are 0 within float error, or masks, positions or dropout are wrong.
@@ -515,7 +427,8 @@ def self_check(policy: Callable, rollout: Rollout, config: PPOConfig) -> dict[st
     micro-batch, spread over the rollout (so that its padding is not what it was in collect). reference_gap: largest
     |log π − log π_ref| of the whole rollout.
     """
-    rows = torch.arange(0, len(rollout), max(1, len(rollout) // config.micro_batch_size))[:config.micro_batch_size]
+    spread = max(1, len(rollout) // config.micro_batch_size)
+    rows = torch.arange(0, len(rollout), spread)[:config.micro_batch_size]
     batch = rollout.micro_batch(rows.to(rollout.mask.device))
     logprobs, _ = response_logprobs(policy, batch.packed(), config.temperature)
     error = (logprobs - batch.logprobs).expm1().abs()
@@ -524,137 +437,259 @@ def self_check(policy: Callable, rollout: Rollout, config: PPOConfig) -> dict[st
             "reference_gap": (rollout.logprobs - rollout.ref_logprobs).abs().max().item()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimisation (section 3.1): a few epochs over the rollout, never far from the policy that sampled it
+class NotFinite(FloatingPointError):
+    """A quantity is NaN or infinite. Raised before an optimiser could take it; `rollout` holds what led to it."""
+
+    def __init__(self, message: str, rollout: Rollout):
+        super().__init__(message)
+        self.rollout = rollout
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
-                cliprange: float = PPOConfig.cliprange) -> tuple[Tensor, Stats]:
-    """Eq. 2, negated to be minimised: −min(r A, clip(r, 1 − ε, 1 + ε) A), mean over real tokens. (B, T) each → scalar.
+def check_finite(rollout: Rollout) -> None:
+    """Raises NotFinite for the first quantity, in the order in which they are computed, that holds NaN or infinity."""
+    for name in ("logprobs", "ref_logprobs", "values", "scores", "penalties", "rewards", "advantages", "returns"):
+        bad = ~getattr(rollout, name).isfinite()
+        if bool(bad.any()):
+            rows = bad.flatten(1).any(1).nonzero()[:, 0].tolist() if bad.dim() > 1 else bad.nonzero()[:, 0].tolist()
+            raise NotFinite(f"{name} of {len(rows)} of {len(rollout)} responses (the first is number {rows[0] + 1}) are NaN or "
+                            "infinite", rollout)
 
-    approx_kl is the Bregman (k3) estimate of KL(π_old‖π), nats per token: how far the update has moved the policy.
+
+# ----------------------------------------------------------------------- bookkeeping: masks, and means over real tokens
+
+
+def response_mask(responses: Tensor, eos_token_id: int) -> Tensor:
+    """(B, T) token ids → (B, T) bool, true through and including the first EOS.
+
+    It never looks at pad ids: where pad = EOS, as in many tokenizers, a mask from pad ids would drop the EOS itself,
+    and with it the token that carries the score.
     """
-    logprobs, old_logprobs, advantages = real(logprobs, mask), real(old_logprobs, mask), real(advantages, mask)
-    log_r = logprobs - old_logprobs
-    r = log_r.exp()
-    unclipped, clipped = -advantages * r, -advantages * r.clamp(1 - cliprange, 1 + cliprange)
-    loss = masked_mean(torch.maximum(unclipped, clipped), mask)
-    with torch.no_grad():
-        stats = {
-            "clip_fraction": masked_mean(clipped > unclipped, mask),
-            "approx_kl": masked_mean(log_r.expm1() - log_r, mask),
-            "ratio_mean": masked_mean(r, mask),
-            "ratio_max": real(r, mask).max(),
-        }
-    return loss, {"policy_loss": loss.detach(), **stats}
+    is_eos = (responses == eos_token_id).long()
+    return is_eos.cumsum(1) - is_eos == 0  # no EOS strictly before this token
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
-               cliprange: float = PPOConfig.cliprange_value) -> tuple[Tensor, Stats]:
-    """½ max((V − R)², (V_near − R)²), mean over real tokens; V_near is V kept within cliprange of the rollout's value.
+def real(x: Tensor, mask: Tensor) -> Tensor:
+    """x in float32, 0 in the padding. Filling, not multiplying, keeps even a NaN there out of sums and gradients.
 
-    The maximum is pessimistic like Eq. 2's minimum: moving further than cliprange earns nothing. (B, T) each → scalar.
+    Raises ValueError unless x has the mask's shape: broadcasting would train on the wrong tokens without a word.
     """
-    values, old_values, returns = real(values, mask), real(old_values, mask), real(returns, mask)
-    near = torch.clamp(values, old_values - cliprange, old_values + cliprange)
-    unclipped, clipped = (values - returns).square(), (near - returns).square()
-    loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask)
-    return loss, {"value_loss": loss.detach(), "value_clip_fraction": masked_mean(clipped > unclipped, mask)}
+    if x.shape != mask.shape:
+        raise ValueError(f"expected the mask's shape {tuple(mask.shape)} (B, T), got {tuple(x.shape)}")
+    return x.float().masked_fill(~mask.bool(), 0.0)
 
 
-def actor_loss(policy: Callable, batch: Rollout, config: PPOConfig) -> tuple[Tensor, Stats]:
-    """The policy's loss on one micro-batch, a mean over its real tokens."""
-    logprobs, entropy = response_logprobs(policy, batch.packed(), config.temperature)
-    loss, stats = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.cliprange)
-    return loss, stats | {"entropy": masked_mean(entropy, batch.mask)}
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over real tokens: each token counts alike, whichever response it is in."""
+    return real(x, mask).sum() / mask.sum()
 
 
-def critic_loss(value: Callable, batch: Rollout, config: PPOConfig) -> tuple[Tensor, Stats]:
-    """The value model's loss on one micro-batch, a mean over its real tokens."""
-    values = response_values(value, batch.packed())
-    return value_loss(values, batch.values, batch.returns, batch.mask, config.cliprange_value)
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Population variance over real tokens."""
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)
 
 
-def gradient_step(policy: Callable, value: Callable, rollout: Rollout, rows: Tensor, optimizer: torch.optim.Optimizer,
-                  config: PPOConfig) -> Stats:
-    """One optimiser step on the given rows of the rollout, accumulated over micro-batches.
+# --------------------------------------------------------- bookkeeping: log-probabilities and values of response tokens
 
-    Each micro-batch counts by its share of the tokens, so any split gives the gradient of the undivided batch; a mean
-    of means would weight tokens by the length of the responses beside them. (The released code goes over the same
-    micro-batch again and again, and clips in between.) Raises NotFinite before a NaN could reach a weight.
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Log-probability of each token under softmax(logits / temperature): (B, T, V), (B, T) → (B, T), float32.
+
+    The temperature is that of sampling, in rollout and update alike: otherwise the ratio of Eq. 2 would compare two
+    distributions from neither of which anything was sampled. (Hence no top-p or top-k either: this could not follow.)
     """
-    lengths = rollout.prompt_mask[rows].sum(1) + rollout.mask[rows].sum(1)
-    rows = rows[lengths.argsort(stable=True)]  # any split will do: like lengths together waste least
-    n_tokens = rollout.mask[rows].sum()
-    optimizer.zero_grad(set_to_none=True)
-    collected, weights = [], []
-    for micro_rows in rows.split(config.micro_batch_size):
-        batch = rollout.micro_batch(micro_rows)
-        weight = batch.mask.sum() / n_tokens
-        # Loss = actor + vf_coef · critic. Two backward passes add up to its gradient and hold one model's activations.
-        actor, actor_stats = actor_loss(policy, batch, config)
-        (weight * actor).backward()
-        del actor
-        critic, critic_stats = critic_loss(value, batch, config)
-        (weight * config.vf_coef * critic).backward()
-        del critic
-        collected.append(actor_stats | critic_stats)
-        weights.append(weight)
-    stats = average(collected, weights)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)  # the norm before clipping
-    for name in ("policy_loss", "value_loss", "grad_norm"):
-        if not stats[name].isfinite():
-            raise NotFinite(f"{name} is {stats[name].item()}; stopped before the optimiser step", rollout)
-    optimizer.step()
-    return stats
+    # (logits.float() / temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1), a few rows at a time
+    return TokenLogprobs.apply(logits, tokens, temperature)[0]
 
 
-def average(collected: list[Stats], weights: list) -> Stats:
-    """Weighted mean of each statistic; of those named ..._max the largest."""
-    return {name: torch.stack([s[name] for s in collected]).max() if name.endswith("_max")
-            else sum(w * s[name] for w, s in zip(weights, collected, strict=True)) for name in collected[0]}
+class TokenLogprobs(torch.autograd.Function):
+    """(logits (B, T, V), tokens (B, T), temperature) → (logprobs, entropy), both (B, T), float32, entropy in nats.
 
-
-def update(policy: Callable, value: Callable, rollout: Rollout, optimizer: torch.optim.Optimizer, config: PPOConfig,
-           generator: torch.Generator | None = None, progress: Progress = lambda phase, n: None) -> dict[str, float]:
-    """ppo_epochs passes over the rollout in optimiser steps of step_batch_size responses, reshuffled each epoch.
-
-    The optimiser holds every trained parameter of policy and value; their joint gradient norm is clipped once per step.
-    generator (CPU) alone decides the order, so that a resumed run repeats it. Returns each statistic's mean over all
-    steps (ratio_max: the largest). Raises ValueError when step_batch_size does not divide the rollout,
-    NotFinite when a loss or gradient is not.
+    In plain torch: log_pi = (logits.float() / temperature).log_softmax(-1), of which gather(-1, tokens) and
+    −(exp(log_pi) · log_pi).sum(-1) are the results. That makes half a dozen float32 tensors of the largest size there is
+    and keeps some for the backward pass; here it goes a few rows at a time, through the processor's cache, and keeps one
+    number a row. Entropy is watched and not trained: no gradient comes from it.
     """
-    require_divisible("rollout of", len(rollout), "step_batch_size", config.step_batch_size)
-    history = []
-    for _ in range(config.ppo_epochs):
-        order = torch.randperm(len(rollout), generator=generator).to(rollout.mask.device)
-        for rows in order.split(config.step_batch_size):
-            history.append(gradient_step(policy, value, rollout, rows, optimizer, config))
-            progress("update", len(rows))
-    means = average(history, [1 / len(history)] * len(history))
-    return {name: x.item() for name, x in means.items()}
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        rows, tokens = logits.flatten(0, 1), tokens.flatten().unsqueeze(1)
+        chunk = max(1, (2**19 if logits.device.type == "cpu" else 2**27) // rows.shape[1])
+        parts = []
+        for x, token in zip(rows.split(chunk), tokens.split(chunk), strict=True):
+            x = x.float() / temperature
+            log_sum = x.logsumexp(-1, keepdim=True)
+            log_pi = x - log_sum
+            entropy = -log_pi.exp().mul_(log_pi).sum(-1)
+            parts.append((log_pi.gather(-1, token).squeeze(1), entropy, log_sum))
+        logprobs, entropy, log_sums = map(torch.cat, zip(*parts, strict=True))
+        logprobs, entropy = logprobs.view(logits.shape[:2]), entropy.view(logits.shape[:2])
+        ctx.save_for_backward(logits, tokens, log_sums)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, None, None]:
+        """d logprob / d logits = (one-hot of the token − π) / temperature."""
+        logits, tokens, log_sums = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        parts = (x.split(ctx.chunk) for x in (logits.flatten(0, 1), tokens, log_sums, (grad / ctx.temperature).reshape(-1, 1),
+                                              result.flatten(0, 1)))
+        for x, token, log_sum, g, out in zip(*parts, strict=True):
+            pi = (x.float() / ctx.temperature).sub_(log_sum).exp_()
+            out.copy_(pi.mul_(-g).scatter_add_(-1, token, g))
+        return result, None, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Between PPO steps
+def response_logits(model: Callable, text: "Packed") -> Tensor:
+    """The logits (B, T, V) from which the last T columns were drawn: those one position before each.
 
-
-def adapt_beta(beta: float, kl: float, target: float, horizon: float, n: int) -> float:
-    """The coefficient for the next step: Ziegler et al. (2019), section 2.2, a proportional controller.
-
-    kl and target share a unit (kl_target's is nats per token); n responses were sampled in this step. The relative
-    error is limited to ±20%, so that one odd batch moves beta by at most 0.2 · n / horizon of itself.
+    The last token decides none of them and is left away, so that the model makes no logits that nobody looks at.
     """
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return beta * (1 + error * n / horizon)
+    return model(text.sequence[:, :-1], text.attention[:, :-1], text.back.shape[1])
 
 
-def learning_rate(step: int, total_steps: int, config: PPOConfig) -> float:
-    """The rate for PPO step 1 ... total_steps: linear warm-up to the peak, then linear decay.
+def response_logprobs(model: Callable, text: "Packed", temperature: float) -> tuple[Tensor, Tensor]:
+    """(log-probability of each response token, entropy of its distribution), both (B, T)."""
+    drawn = text.sequence[:, -text.back.shape[1]:]
+    logprobs, entropy = TokenLogprobs.apply(response_logits(model, text), drawn, temperature)
+    return logprobs.gather(1, text.back), entropy.gather(1, text.back)
 
-    Counting from 1 spends no step at rate 0, as counting from 0 does with the first.
+
+def response_values(value: Callable, text: "Packed") -> Tensor:
+    """Values (B, T), float32, one position before each response token: what to expect as the token is chosen."""
+    values = value(text.sequence[:, :-1], text.attention[:, :-1])
+    return values[:, -text.back.shape[1]:].float().gather(1, text.back)
+
+
+def score_trained(actors: Actors, text: "Packed", temperature: float, logprobs_known: bool = False) -> dict[str, Tensor]:
+    """values and (unless they are known) logprobs, (B, T), on policy_device."""
+    text = text.to(actors.policy_device)
+    scored = {"values": response_values(actors.value, text)}
+    if not logprobs_known:
+        scored["logprobs"], _ = response_logprobs(actors.policy, text, temperature)
+    return scored
+
+
+def score_frozen(actors: Actors, text: "Packed", sequence: Tensor, attention: Tensor, temperature: float) -> dict[str, Tensor]:
+    """ref_logprobs (B, T) and scores (B,), on reference_device. The reward model reads `join`'s rows, whose responses all
+    begin at the same column."""
+    device = actors.reference_device
+    ref_logprobs, _ = response_logprobs(actors.reference, text.to(device), temperature)
+    scores = actors.reward(sequence.to(device), attention.to(device), text.back.shape[1])
+    return {"ref_logprobs": ref_logprobs, "scores": scores.float()}
+
+
+# -------------------------------------------------------------------- bookkeeping: batches as wide as their longest row
+
+
+@dataclass
+class Packed:
+    """Prompts and responses with all their padding on the left, so that a batch is as wide as its longest row.
+
+    Padded on both sides it would be as wide as the longest prompt and the longest response together, about a quarter
+    more at the paper's lengths. The last token of every response stands in the last column.
     """
-    warmup_steps = max(1, config.warmup_steps)
-    decay = (total_steps - step + 1) / max(1, total_steps - warmup_steps + 1)
-    return config.learning_rate * min(step / warmup_steps, decay, 1.0)
+
+    sequence: Tensor   # (B, S) token ids
+    attention: Tensor  # (B, S) 1 at real tokens
+    back: Tensor       # (B, T) which of the last T columns holds response token t; arbitrary where there is none
+
+    def to(self, device) -> "Packed":
+        return Packed(self.sequence.to(device), self.attention.to(device), self.back.to(device))
+
+
+def pack(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor, width: int | None = None) -> Packed:
+    """Left-padded prompts and right-padded responses as one row each; width: of the longest, else P + T."""
+    sequence, attention = join(prompts, prompt_mask, responses, mask)
+    order = attention.argsort(dim=1, stable=True)  # padding first, then the real tokens as they stood
+    sequence, attention = sequence.gather(1, order), attention.gather(1, order)
+    if width is not None:
+        sequence, attention = sequence[:, -width:], attention[:, -width:]
+    T = mask.shape[1]
+    return Packed(sequence, attention, (torch.arange(T, device=mask.device) - mask.sum(1, keepdim=True)) % T)
+
+
+def join(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask (B, P + T); tokens behind EOS are masked out, whatever their id."""
+    return torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1)
+
+
+def first_column(prompt_mask: Tensor) -> int:
+    """Where the longest of the left-padded prompts begins: what stands before is padding in every row."""
+    return int(prompt_mask.bool().any(0).int().argmax())
+
+
+def longest(mask: Tensor) -> int:
+    """Length of the longest response: what stands behind is padding in every row."""
+    return int(mask.sum(1).max())
+
+
+def longest_row(prompt_mask: Tensor, mask: Tensor) -> int:
+    """Real tokens of the longest prompt and response together."""
+    return int((prompt_mask.sum(1) + mask.sum(1)).max())
+
+
+def in_batches(read: Callable, size: int, prompts: Tensor, prompt_mask: Tensor, responses: Tensor,
+               mask: Tensor) -> dict[str, Tensor]:
+    """read(packed, sequence, attention) → {name: (b, t) or (b,)} on `size` rows at a time, put together as (B, T) or (B,).
+
+    Rows of like length go together, without the padding that they share: the cost follows the real tokens.
+    """
+    order = (prompt_mask.sum(1) + mask.sum(1)).argsort(stable=True)
+    batches = []
+    for rows in order.split(size):
+        start, stop = first_column(prompt_mask[rows]), longest(mask[rows])
+        batch = prompts[rows, start:], prompt_mask[rows, start:], responses[rows, :stop], mask[rows, :stop]
+        batches.append(read(pack(*batch, width=longest_row(batch[1], batch[3])), *join(*batch)))
+    unsort = order.argsort()
+    return {name: x[unsort.to(x.device)] for name, x in stack(batches, mask.shape[1]).items()}
+
+
+def sample(actors: Actors, prompts: Tensor, prompt_mask: Tensor) -> dict[str, Tensor]:
+    """One chunk of the rollout: responses and mask, and logprobs where generate returns (responses, logprobs)."""
+    sampled = actors.generate(prompts, prompt_mask)
+    responses, *logprobs = sampled if isinstance(sampled, tuple) else (sampled,)
+    mask = response_mask(responses, actors.eos_token_id)
+    responses = responses.masked_fill(~mask, actors.pad_token_id)  # what was sampled behind EOS is gone
+    return {"responses": responses, "mask": mask} | ({"logprobs": logprobs[0].float()} if logprobs else {})
+
+
+def stack(chunks: list[dict[str, Tensor]], width: int = 0) -> dict[str, Tensor]:
+    """The chunks as one, padded on the right with zeros to the widest or to width: a chunk ends early, as its rows do."""
+    width = max([width, *(x.shape[1] for chunk in chunks for x in chunk.values() if x.ndim == 2)])
+    return {name: torch.cat([F.pad(chunk[name], (0, width - chunk[name].shape[1])) if chunk[name].ndim == 2 else chunk[name]
+                             for chunk in chunks]) for name in chunks[0]}
+
+
+# --------------------------------------------------------------------------------------- bookkeeping: the configuration
+
+
+def check_bounds(config: Any) -> None:
+    """Raises ValueError for the first field whose number isn't finite or lies outside the bounds of its `setting`."""
+    for f in fields(config):
+        value, bounds = getattr(config, f.name), f.metadata.get("bounds", {})
+        if not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value):
+            raise ValueError(f"{f.name} is {value}: must be a finite number")
+        inside = (bounds.get("low", value) <= value <= bounds.get("high", value)
+                  and bounds.get("above", -math.inf) < value < bounds.get("below", math.inf))
+        if not inside:
+            raise ValueError(f"{f.name} is {value}: must be {bounds_in_words(**bounds)}")
+
+
+def bounds_in_words(low: float | None = None, above: float | None = None, high: float | None = None,
+                    below: float | None = None) -> str:
+    """Of the pairs that are in use."""
+    if high is not None:
+        return f"from {low} to {high}"
+    if below is not None:
+        return f"from {low} up to but not {below}"
+    return f"above {above}" if above is not None else f"at least {low}"
+
+
+def require_divisible(whole: str, size: int, part: str, part_size: int) -> None:
+    """Raises ValueError with both names and values: a remainder would be dropped or weighted unlike the rest."""
+    if size % part_size:
+        raise ValueError(f"{whole} {size} is not a multiple of {part} {part_size}")

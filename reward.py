@@ -1,9 +1,10 @@
+# SPDX-License-Identifier: MIT
 """The reward model: a LLaMA with one number at the end, read from checkpoints and trained on preferences (stage 2).
 
     python reward.py --base runs/sft --data preferences.json --out runs/reward                   # LoRA, one GPU
     python reward.py --base runs/sft --data preferences.json --out runs/reward --tuning full     # as AlpacaFarm did
 
-A reward can also be a plain function, `rule(prompts, responses) -> list[float]`, named `file.py:rule`: see load_rule.
+A reward can also be a plain function, `rule(prompts, responses) -> list[float]`: see rule_scorer.
 
 The paper (section 2.1) takes AlpacaFarm's reward model as given: trained from SFT-10k on 10K human preference pairs
 with the loss -log sigmoid(chosen - rejected) (Ouyang et al. 2022, eq. 1). Training defaults are AlpacaFarm's, for full
@@ -30,22 +31,24 @@ import argparse
 import json
 import math
 import os
-import runpy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-LEARNING_RATES = {"full": 3e-6, "lora": 1e-4}  # --tuning
+LEARNING_RATES = {"full": 3e-6, "lora": 1e-4}  # --tuning; the first is AlpacaFarm's
 HEAD_NAMES = ("score.weight", "reward_head.weight", "reward_head.bias")  # ours and transformers', AlpacaFarm's
 
-# ------------------------------------------------------------------------------------------------------------- model
+
+# ---------------------------------------------------------------------------------------------------------------- model
 
 
 def last_token(attention_mask: Tensor) -> Tensor:
@@ -93,9 +96,15 @@ class RewardModel(nn.Module):
                         device: torch.device | str | None = None) -> RewardModel:
         """Read our layout, transformers' LlamaForSequenceClassification with one label, or AlpacaFarm's reward model.
 
+        Without model.py and formats/ beside this file the backbone is transformers' (and AlpacaFarm's layout is not read).
+
         dtype None keeps what is stored; the head is float32 in any case. The model comes back in eval mode. Raises
         FileNotFoundError or ValueError that names the file and what is wrong with it.
         """
+        try:
+            import formats  # noqa: F401
+        except ImportError:  # this file was copied alone
+            return _load_alone(cls, Path(path), dtype, device).eval()
         return _load(cls, Path(path), dtype, device).eval()
 
     def save_pretrained(self, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
@@ -109,17 +118,14 @@ class RewardModel(nn.Module):
 Reward = Callable[[Tensor, Tensor, int], Tensor]  # as ppo.py calls it: (input_ids, attention_mask, n) -> (B,)
 
 
-def scorer(model: RewardModel, policy_tokenizer: Any, reward_tokenizer: Any, say: Callable[[str], None] = print) -> Reward:
-    """The model as a reward on the policy's token ids, and a line to `say` how it reads them.
+def scorer(model: RewardModel) -> Reward:
+    """The model as a reward on the policy's token ids, where both tokenizers mean the same by every id."""
+    return lambda input_ids, attention_mask, n: model(input_ids, attention_mask)
 
-    Where both tokenizers (data.Tokenizer) mean the same by every id, it is the model itself. Else each sequence is
-    decoded and tokenised anew, which loses the policy's own spelling and any special tokens inside the text.
-    """
-    if same_ids(policy_tokenizer, reward_tokenizer):
-        say("reward: scores the policy's token ids as they are (one tokenizer)")
-        return lambda input_ids, attention_mask, n: model(input_ids, attention_mask)
-    say("reward: decodes and tokenises anew, since its tokenizer is not the policy's")
 
+def retokenising_scorer(model: RewardModel, policy_tokenizer: Any, reward_tokenizer: Any) -> Reward:
+    """The model as a reward where they don't: each sequence is decoded and tokenised anew, which loses the policy's own
+    spelling and any special tokens inside the text."""
     def retokenised(input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
         sequences = []
         for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
@@ -139,23 +145,6 @@ def same_ids(a: Any, b: Any) -> bool:
     return same_ends and max(ids) < len(b) and all(a.decode(x) == b.decode(x) for x in (ids, ids[::-1]))
 
 
-def is_rule(name: str) -> bool:
-    """Whether the name is `file.py:function`, and not a folder."""
-    return ".py:" in name
-
-
-def load_rule(name: str) -> Callable[[list[str], list[str]], list[float]]:
-    """The function that `path/to/file.py:function` names; the file is run. Raises ValueError where there is none."""
-    file, _, function = name.rpartition(":")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such file; a rule is named file.py:function")
-    space = runpy.run_path(file)
-    if not callable(space.get(function)):
-        there = [key for key, value in space.items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"{name}: {file} has no function {function!r}; it has {', '.join(there) or 'none'}")
-    return space[function]
-
-
 def rule_scorer(rule: Callable[[list[str], list[str]], list[float]], tokenizer: Any) -> Reward:
     """A rule on texts, as a reward on token ids.
 
@@ -166,9 +155,9 @@ def rule_scorer(rule: Callable[[list[str], list[str]], list[float]], tokenizer: 
         cut, real = input_ids.shape[1] - n, attention_mask.bool()
         prompts = [tokenizer.decode(ids[:cut][mask[:cut]]) for ids, mask in zip(input_ids, real, strict=True)]
         responses = [tokenizer.decode(ids[cut:][mask[cut:]]) for ids, mask in zip(input_ids, real, strict=True)]
-        said = rule(prompts, responses)
+        numbers = rule(prompts, responses)
         try:
-            scores = torch.tensor([float(x) for x in said], device=input_ids.device)
+            scores = torch.tensor([float(x) for x in numbers], device=input_ids.device)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the rule must return a list of numbers ({error})") from error
         if len(scores) != len(responses) or not bool(scores.isfinite().all()):
@@ -179,107 +168,100 @@ def rule_scorer(rule: Callable[[list[str], list[str]], list[float]], tokenizer: 
     return reward
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def open_backbone(directory: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
+    """(the backbone without memory, every stored tensor by name) of a stored reward model; no weight is read yet.
+
+    Ours, transformers' LlamaForSequenceClassification, or AlpacaFarm's. The backbone is model.Llama; scoring needs no language
+    head, so that is tied to the embedding: it takes no memory and every method stays usable.
+    """
+    from formats.alpacafarm import backbone_fields
+    from formats.read import local_copy
+    from formats.tensors import parse_json, stored_tensors
+    from model import LlamaConfig, without_memory
+
+    directory = local_copy(directory)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory}/config.json: not found; a reward model folder holds config.json and its weights")
+    stored = stored_tensors(directory)
+
+    def build(description: dict[str, Any]) -> LlamaConfig:
+        return LlamaConfig.from_dict(backbone_fields(directory, description, stored) | {"tie_word_embeddings": True})
+
+    config = parse_json(directory / "config.json", build)
+    if config.num_hidden_layers > len(stored):  # else a nonsensical number would be built for hours
+        raise ValueError(f"{directory}: num_hidden_layers is {config.num_hidden_layers}, but there are {len(stored)} tensors")
+    return without_memory(config), stored
 
 
 def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
           device: torch.device | str | None) -> RewardModel:
-    from checkpoints import local_copy
-    from model import load_tensors, read_tensor, stored_tensors, without_memory
+    from formats.read import local_copy
+    from formats.tensors import check_names, load_tensors, parse_json, read_tensor
+    from model import fill
 
     directory = local_copy(directory)
-
-    description = _read_json(directory / "config.json", "a reward model folder holds config.json and its weights")
-    stored = stored_tensors(directory)
+    backbone, stored = open_backbone(directory)
     # Apart, as the head stays float32 whatever the dtype.
     head = {name.rpartition(".")[2]: read_tensor(stored.pop(name), name).float() for name in HEAD_NAMES if name in stored}
-    tensors = {name.removeprefix("backbone_model."): tensor for _, name, tensor in load_tensors(stored, dtype, device)
-               if not name.endswith(("lm_head.weight", "rotary_emb.inv_freq"))}
     if "weight" not in head:
         raise ValueError(f"{directory}: neither score.weight nor reward_head.weight among the weights: not a reward "
                          "model; `python reward.py` trains one")
     if len(head["weight"]) != 1:
         raise ValueError(f"{directory}: score.weight has {len(head['weight'])} rows; a reward model has num_labels = 1")
-    config = _llama_config(description, tensors, directory)
-    if config.num_hidden_layers > len(tensors):  # else a nonsensical number would be built for hours
-        raise ValueError(f"{directory}: num_hidden_layers is {config.num_hidden_layers}, but there are {len(tensors)} tensors")
-    backbone = without_memory(config)
-    _assign(backbone, tensors, directory)
-    model = cls(backbone)
-    stored = {"mean": -head.get("bias", torch.zeros(1)).item(), "std": 1.0}
+    stored = {name.removeprefix("backbone_model."): tensor for name, tensor in stored.items()}
+    wanted = check_names(directory, stored, {name: p for name, p in backbone.named_parameters() if name != "lm_head.weight"})
+    fill(backbone, ((name, tensor) for _, name, tensor in load_tensors(wanted, dtype, device, like=backbone)))
+    backbone.lm_head.weight = backbone.model.embed_tokens.weight
+    scale = {"mean": -head.get("bias", torch.zeros(1)).item(), "std": 1.0}
     if (directory / "reward_config.json").is_file():
-        stored |= _read_json(directory / "reward_config.json", "")
+        scale |= parse_json(directory / "reward_config.json", dict)
+    return _with_head(cls(backbone), directory, head["weight"], scale)
+
+
+def _with_head(model: RewardModel, directory: Path, weight: Tensor, scale: dict[str, Any]) -> RewardModel:
+    """The model with the stored head and the stored mean and std of its scores."""
     for name, low in (("mean", -math.inf), ("std", 0.0)):
-        value = stored[name]
+        value = scale[name]
         if type(value) not in (int, float) or not max(low, -1e30) < value < 1e30:
             raise ValueError(f"{directory}/reward_config.json: {name} is {value!r}: must be a number"
                              + (" above 0" if name == "std" else ""))
     with torch.no_grad():
-        model.score.weight.copy_(head["weight"])
-        model.mean.fill_(float(stored["mean"]))
-        model.std.fill_(float(stored["std"]))
+        model.score.weight.copy_(weight)
+        model.mean.fill_(float(scale["mean"]))
+        model.std.fill_(float(scale["std"]))
     return model
 
 
-def reward_config(directory: str | Path) -> Any:
-    """The configuration (LlamaConfig) of a stored reward model's backbone, without loading its weights."""
-    from model import read_tensor, stored_tensors
+class _TransformersBackbone(nn.Module):
+    """For a copy of this file alone: transformers' base model, with positions that count real tokens as model.py's do."""
 
-    directory = Path(directory)
-    description = _read_json(directory / "config.json", "a reward model folder holds config.json and its weights")
-    tensors: dict[str, Any] = {}
-    if description.get("model_type") == "reward_model":  # AlpacaFarm's names no sizes: three tensors show them
-        for name, tensor in stored_tensors(directory).items():
-            shows = name.endswith(("embed_tokens.weight", "layers.0.mlp.gate_proj.weight", "layers.0.self_attn.k_proj.weight"))
-            tensors[name.removeprefix("backbone_model.")] = read_tensor(tensor, name) if shows else None
-    return _llama_config(description, tensors, directory)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
 
-
-def _assign(backbone: nn.Module, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Fill a backbone on the meta device; one name or shape that does not fit is an error."""
-    try:
-        missing, unexpected = backbone.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{directory}: {str(error).splitlines()[-1].strip()}") from None
-    missing = [name for name in missing if name != "lm_head.weight"]
-    if missing or unexpected:
-        kind, names = ("missing", missing) if missing else ("unexpected", unexpected)
-        raise ValueError(f"{directory}: {kind} tensor {names[0]} ({len(names)} in all)")
-    # Scoring needs no language head; tied to the embedding it takes no memory and every method stays usable.
-    backbone.lm_head.weight = backbone.model.embed_tokens.weight
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, (B, S) → (B, S, D)."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        return self.model(input_ids, attention_mask=mask, position_ids=positions).last_hidden_state
 
 
-def _llama_config(description: dict[str, Any], tensors: dict[str, Tensor], directory: Path) -> Any:
-    """The backbone's configuration. AlpacaFarm's file names no sizes: there they are read off the tensors, with LLaMA's
-    head size of 128 unless the file says otherwise."""
-    from model import LlamaConfig
+def _load_alone(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
+                device: torch.device | str | None) -> RewardModel:
+    """_load without model.py and formats/: transformers reads its own sequence classifiers, which our layout is one of."""
+    from transformers import AutoModelForSequenceClassification
 
-    description = {**description, "tie_word_embeddings": True}
-    if description.get("model_type") != "reward_model":
-        return LlamaConfig.from_dict(description)
-    try:
-        vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
-        inner = tensors["model.layers.0.mlp.gate_proj.weight"].shape[0]
-        keys = tensors["model.layers.0.self_attn.k_proj.weight"].shape[0]
-    except KeyError as error:
-        raise ValueError(f"{directory}: AlpacaFarm's layout, but without {error}") from None
-    head_dim = description.get("head_dim", 128)
-    sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size, "intermediate_size": inner, "head_dim": head_dim,
-             "num_hidden_layers": len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
-             "num_attention_heads": hidden_size // head_dim, "num_key_value_heads": keys // head_dim}
-    return LlamaConfig.from_dict({**sizes, **description, "model_type": "llama"})
-
-
-def _read_json(file: Path, hint: str) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found; {hint}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"holds a {type(content).__name__}, not an object")
-        return content
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
+    whole = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype or "auto")
+    if whole.config.num_labels != 1:
+        raise ValueError(f"{directory}: a sequence classifier of {whole.config.num_labels} labels; a reward model has 1")
+    file, scale = directory / "reward_config.json", {"mean": 0.0, "std": 1.0}
+    if file.is_file():
+        scale |= json.loads(file.read_text(encoding="utf-8"))
+    model = cls(_TransformersBackbone(whole.base_model.to(device)))
+    return _with_head(model, directory, whole.score.weight.float(), scale)
 
 
 def _save(model: RewardModel, directory: Path, dtype: torch.dtype | None) -> None:
@@ -295,10 +277,12 @@ def _save(model: RewardModel, directory: Path, dtype: torch.dtype | None) -> Non
     config = model.backbone.config.to_dict() | {
         "architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "tie_word_embeddings": True,
         "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "torch_dtype": stored}
+    scale = {"mean": model.mean.item(), "std": model.std.item()}
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
-    _write_json(directory / "config.json", config)
-    _write_json(directory / "reward_config.json", {"mean": model.mean.item(), "std": model.std.item()})
+    for name, content in (("config.json", config), ("reward_config.json", scale)):
+        text = json.dumps(content, indent=2) + "\n"
+        _write(directory / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
 
 
 def _write(file: Path, write: Callable[[Path], object]) -> None:
@@ -310,15 +294,13 @@ def _write(file: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
         os.replace(temporary, file)
+    except SafetensorError as error:  # its own kind for a full disk
+        raise OSError(f"{file}: cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    _write(file, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
-
-
-# ---------------------------------------------------------------------------------------------- preferences and loss
+# ------------------------------------------------------------------------------------------------- preferences and loss
 
 
 class Group(NamedTuple):
@@ -390,7 +372,7 @@ def _raw_scores(model: RewardModel, sequences: Sequence[Sequence[int]], pad_toke
     return model.read(model.backbone.hidden(input_ids.to(device)), last.to(device))
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 @torch.no_grad()
@@ -457,40 +439,53 @@ def length_batches(lengths: Sequence[int], batch_size: int, generator: torch.Gen
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def train_reward(model: RewardModel, groups: Sequence[Group], *, held_out: Sequence[Group] = (), epochs: int = 1,
-                 batch_size: int = 64, micro_batch_size: int | None = None, learning_rate: float = 3e-6,
-                 warmup: float = 0.03, weight_decay: float = 0.0, max_grad_norm: float = 1.0, pad_token_id: int = 0,
-                 seed: int = 0, progress: bool = True) -> list[dict]:
+@dataclass
+class TrainingConfig:
+    """The numbers of a training loop; sizes count groups of outputs here and sequences in sft.py."""
+
+    epochs: int
+    batch_size: int                     # to an optimiser step
+    learning_rate: float                # the peak
+    micro_batch_size: int | None = None  # in memory at once; the gradient stays as it is
+    warmup: float = 0.03                # share of the steps on the way up
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0                       # of the order (torch's own generator draws the dropout)
+
+
+REWARD = TrainingConfig(epochs=1, batch_size=64, learning_rate=LEARNING_RATES["full"])
+
+
+def train_reward(model: RewardModel, groups: Sequence[Group], config: TrainingConfig = REWARD, *,
+                 held_out: Sequence[Group] = (), pad_token_id: int = 0, progress: bool = True) -> list[dict]:
     """Train what requires gradients, in place, on the raw scores of all labelled pairs; each sequence is scored once.
 
-    Sizes count groups: `batch_size` to an optimiser step, `micro_batch_size` in memory at once (the gradient stays as
-    it is). `warmup` is the share of steps on the way up. Order and result follow from `seed` (and torch's own, where
-    there is dropout). Returns a dict an epoch: epoch, loss and accuracy (running means over training pairs), held_out
-    (an Accuracy, or None). Raises ValueError where there is nothing to train or to train on.
+    Returns a dict an epoch: epoch, loss and accuracy (running means over training pairs), held_out (an Accuracy, or None).
+    Raises ValueError where there is nothing to train or to train on.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [group for group in groups if group.pairs]
     if not parameters or not groups:
         raise ValueError("train_reward: " + ("no labelled pairs" if parameters else "no parameter requires gradients"))
-    total = epochs * math.ceil(len(groups) / batch_size)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
-    factor = partial(warmup_cosine, total=total, warmup=math.ceil(warmup * total))
+    total = config.epochs * math.ceil(len(groups) / config.batch_size)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    factor = partial(warmup_cosine, total=total, warmup=math.ceil(config.warmup * total))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    generator = torch.Generator().manual_seed(seed)
-    micro, was_training, history = micro_batch_size or batch_size, model.training, []
+    generator = torch.Generator().manual_seed(config.seed)
+    was_training, history = model.training, []
 
     def step(batch: list[Group]) -> tuple[float, float, int]:
-        stats = _accumulate(model, batch, micro, pad_token_id)
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        stats = _accumulate(model, batch, config.micro_batch_size or config.batch_size, pad_token_id)
+        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         return stats
 
     with tqdm(total=total, desc="reward model", unit="step", disable=not progress) as bar:
-        for epoch in range(1, epochs + 1):
+        for epoch in range(1, config.epochs + 1):
             model.train()
-            history.append({"epoch": epoch, **_epoch(step, groups, batch_size, generator, bar)})
+            history.append({"epoch": epoch, **_epoch(step, groups, config.batch_size, generator, bar)})
             history[-1]["held_out"] = accuracy(model, held_out, pad_token_id) if held_out else None
             if progress:
                 tqdm.write(_epoch_line(history[-1]))
@@ -533,12 +528,51 @@ def _accumulate(model: RewardModel, batch: list[Group], micro_batch_size: int,
     return mean, right, n
 
 
-# ----------------------------------------------------------------------------------------------------------- program
+# -------------------------------------------------------------------------------------------------------------- program
+
+
+def training_flags(parser: argparse.ArgumentParser, defaults: TrainingConfig, rates: dict[str, float], unit: str) -> None:
+    """The flags that this program and sft.py share; unit: what a batch is counted in."""
+    training = parser.add_argument_group("training")
+    training.add_argument("--tuning", choices=("lora", "full"), default="lora", help="what is trained (beside the head, if any)")
+    training.add_argument("--epochs", type=int, default=defaults.epochs, help="passes over the data")
+    training.add_argument("--batch-size", type=int, default=defaults.batch_size, help=f"{unit} an optimiser step")
+    training.add_argument("--micro-batch-size", type=int, default=defaults.micro_batch_size, help=f"{unit} in memory at once")
+    training.add_argument("--learning-rate", type=float, help=f"peak; None: {rates} by --tuning")
+    training.add_argument("--warmup", type=float, default=defaults.warmup, help="share of the steps on the way up")
+    training.add_argument("--weight-decay", type=float, default=defaults.weight_decay, help="AdamW's")
+    training.add_argument("--max-grad-norm", type=float, default=defaults.max_grad_norm, help="clips gradients")
+    training.add_argument("--seed", type=int, default=defaults.seed, help="of split, order, initialisation and dropout")
+    lora = parser.add_argument_group("LoRA (paper, section 2.2)")
+    lora.add_argument("--lora-rank", type=int, default=8, help="rank")
+    lora.add_argument("--lora-alpha", type=float, default=64, help="scale, over rank")
+    lora.add_argument("--lora-dropout", type=float, default=0.1, help="dropout probability")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="one device")
+    machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="None: float32, bfloat16 for LoRA on CUDA")
+    machine.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+
+
+def training_config(args: argparse.Namespace, rates: dict[str, float]) -> TrainingConfig:
+    """What those flags say."""
+    given = {f.name: getattr(args, f.name) for f in fields(TrainingConfig)}
+    return TrainingConfig(**given | {"learning_rate": args.learning_rate or rates[args.tuning]})
+
+
+def load_base(args: argparse.Namespace, path: str) -> nn.Module:
+    """The model on its device, ready to train in full or with LoRA."""
+    from lora import add_lora
+    from model import Llama
+
+    default = "bfloat16" if args.tuning == "lora" and args.device.startswith("cuda") else "float32"
+    model = Llama.from_pretrained(path, getattr(torch, args.dtype or default), args.device, progress=True)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    if args.tuning == "lora":
+        add_lora(model, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
+    return model
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; every default of the loop comes from `train_reward`."""
-    loop = train_reward.__kwdefaults__
     parser = argparse.ArgumentParser(description="Train a reward model on preference pairs (stage 2).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     files = parser.add_argument_group("files")
@@ -548,24 +582,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     files.add_argument("--prompt-template", default="alpaca", help="prompt: alpaca, tiny, chat or a JSON file")
     files.add_argument("--max-tokens", type=int, default=512, help="longer prompt + output: the pair is dropped")
     files.add_argument("--held-out", type=float, default=0.1, help="share of the instructions kept for accuracy")
-    training = parser.add_argument_group("training")
-    training.add_argument("--tuning", choices=("lora", "full"), default="lora", help="what is trained beside the head")
-    training.add_argument("--epochs", type=int, default=loop["epochs"], help="passes over the data")
-    training.add_argument("--batch-size", type=int, default=loop["batch_size"], help="instructions an optimiser step")
-    training.add_argument("--micro-batch-size", type=int, default=2, help="instructions in memory at once")
-    training.add_argument("--learning-rate", type=float, help=f"peak; None: {LEARNING_RATES} by --tuning")
-    training.add_argument("--warmup", type=float, default=loop["warmup"], help="share of the steps on the way up")
-    training.add_argument("--weight-decay", type=float, default=loop["weight_decay"], help="AdamW's")
-    training.add_argument("--max-grad-norm", type=float, default=loop["max_grad_norm"], help="clips gradients")
-    training.add_argument("--seed", type=int, default=loop["seed"], help="of split, order, head, LoRA and dropout")
-    lora = parser.add_argument_group("LoRA (paper, section 2.2)")
-    lora.add_argument("--lora-rank", type=int, default=8, help="rank")
-    lora.add_argument("--lora-alpha", type=float, default=64, help="scale, over rank")
-    lora.add_argument("--lora-dropout", type=float, default=0.1, help="dropout probability")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="one device")
-    machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="None: float32, bfloat16 for LoRA on CUDA")
-    machine.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    training_flags(parser, replace(REWARD, micro_batch_size=2), LEARNING_RATES, "instructions")
     return parser.parse_args(argv)
 
 
@@ -587,58 +604,35 @@ def load_groups(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Group], 
     return [groups[i] for i in order[n:]], [groups[i] for i in order[:n]]
 
 
-def load_base(args: argparse.Namespace) -> RewardModel:
-    """A fresh head on the SFT model, ready to train in full or with LoRA."""
-    from lora import add_lora
-    from model import Llama
-
-    default = "bfloat16" if args.tuning == "lora" and args.device.startswith("cuda") else "float32"
-    backbone = Llama.from_pretrained(args.base, getattr(torch, args.dtype or default), args.device, progress=True)
-    backbone.gradient_checkpointing = args.gradient_checkpointing
-    if args.tuning == "lora":
-        add_lora(backbone, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
-    return RewardModel(backbone)
-
-
-def check_out(out: str) -> None:
-    """Before any work: what is in the folder would be lost, or mixed with the new model."""
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise ValueError(f"--out {out}: already holds files; name a new folder")
-
-
-def save(model: RewardModel, args: argparse.Namespace, tokenizer: Any) -> None:
+def save_reward_model(model: RewardModel, folder: Path, tokenizer: Any) -> None:
     """Write the reward model, LoRA merged, and the tokenizer of its base."""
     from lora import merge_lora
 
-    if args.tuning == "lora":
-        merge_lora(model.backbone)
+    merge_lora(model.backbone)
     if model.backbone.config.pad_token_id is None:
         model.backbone.config.pad_token_id = tokenizer.pad_token_id  # transformers finds the last token by it
-    model.save_pretrained(args.out)
-    tokenizer.save(args.out)
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
 
 
 def run(args: argparse.Namespace) -> None:
     """Load, train, standardise, save, and print what came of it."""
-    from data import check_vocabulary, describe_tokenizer, load_tokenizer
+    from formats.tokenizer import check_vocabulary, describe_tokenizer, load_tokenizer
+    from formats.write import new_folder
 
-    check_out(args.out)
-    torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.base)
-    print(describe_tokenizer(tokenizer))
-    groups, held_out = load_groups(args, tokenizer)
-    model = load_base(args)
-    check_vocabulary(tokenizer, model.backbone.config.vocab_size, f"--base {args.base}")
-    train_reward(
-        model, groups, held_out=held_out, epochs=args.epochs, batch_size=args.batch_size,
-        micro_batch_size=args.micro_batch_size, learning_rate=args.learning_rate or LEARNING_RATES[args.tuning],
-        warmup=args.warmup, weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm,
-        pad_token_id=tokenizer.pad_token_id, seed=args.seed)
-    # Outputs of preference data are samples of the SFT model; held-out ones weren't fitted, so their spread is honest.
-    samples = [sequence for group in held_out or groups for sequence in group.sequences]
-    mean, std = standardise(model, samples, tokenizer.pad_token_id)
-    print(f"standardised on {len(samples)} samples: raw mean {mean:.3f}, deviation {std:.3f}")
-    save(model, args, tokenizer)
+    with new_folder(Path(args.out)) as out:
+        torch.manual_seed(args.seed)
+        tokenizer = load_tokenizer(args.base)
+        print(describe_tokenizer(tokenizer))
+        groups, held_out = load_groups(args, tokenizer)
+        model = RewardModel(load_base(args, args.base))
+        check_vocabulary(tokenizer, model.backbone.config.vocab_size, f"--base {args.base}")
+        train_reward(model, groups, training_config(args, LEARNING_RATES), held_out=held_out, pad_token_id=tokenizer.pad_token_id)
+        # Outputs of preference data are samples of the SFT model; held-out ones weren't fitted, so their spread is honest.
+        samples = [sequence for group in held_out or groups for sequence in group.sequences]
+        mean, std = standardise(model, samples, tokenizer.pad_token_id)
+        print(f"standardised on {len(samples)} samples: raw mean {mean:.3f}, deviation {std:.3f}")
+        save_reward_model(model, out, tokenizer)
     print(f"saved {args.out}")
 
 
@@ -646,7 +640,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for bad input."""
     try:
         run(parse_args(argv))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"reward.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Stage 1, supervised fine-tuning: a LLaMA learns to answer instructions, in full or with LoRA (paper, section 2.1).
 
     python sft.py --model llama-7b --data sft.json --out runs/sft                  # LoRA, which fits one GPU
@@ -21,24 +22,30 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import check_vocabulary, describe_tokenizer, encode_pair, load_instructions, load_tokenizer
-from lora import add_lora, merge_lora, save_lora
+from data import encode_pair, load_instructions
+from formats.tokenizer import check_vocabulary, describe_tokenizer, load_tokenizer
+from formats.write import new_folder
+from lora import lora_layers, merge_lora, save_lora
 from model import Llama
-from reward import check_out, length_batches, warmup_cosine
+from reward import TrainingConfig, length_batches, load_base, training_config, training_flags, warmup_cosine
 
-LEARNING_RATES = {"full": 2e-5, "lora": 1e-4}  # --tuning
+LEARNING_RATES = {"full": 2e-5, "lora": 1e-4}  # --tuning; the first is AlpacaFarm's
+SFT = TrainingConfig(epochs=3, batch_size=128, learning_rate=LEARNING_RATES["full"])
 
 Pair = tuple[Sequence[int], Sequence[int]]  # (prompt ids, response ids through EOS)
 
-# -------------------------------------------------------------------------------------------------------------- loss
+
+# ----------------------------------------------------------------------------------------------------------------- loss
 
 
 def collate(pairs: Sequence[Pair], pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -76,46 +83,42 @@ def validation_loss(model: nn.Module, pairs: Sequence[Pair], pad_token_id: int =
     return sum(loss.item() for loss, _ in sums) / sum(n for _, n in sums)
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
-def train_sft(model: nn.Module, sequences: Sequence[Pair], *, validation: Sequence[Pair] = (), epochs: int = 3,
-              batch_size: int = 128, micro_batch_size: int | None = None, learning_rate: float = 2e-5,
-              warmup: float = 0.03, weight_decay: float = 0.0, max_grad_norm: float = 1.0, pad_token_id: int = 0,
-              seed: int = 0, progress: bool = True,
-              desc: str = "SFT") -> list[dict]:
+def train_sft(model: nn.Module, sequences: Sequence[Pair], config: TrainingConfig = SFT, *, validation: Sequence[Pair] = (),
+              pad_token_id: int = 0, progress: bool = True, desc: str = "SFT") -> list[dict]:
     """Train the parameters of `model` that require gradients, in place, on (prompt ids, response ids through EOS).
 
-    `model` offers `.hidden(input_ids)` -> (B, S, D) and `.lm_head`. `warmup` is the share of steps on the way up.
-    `micro_batch_size` bounds the sequences in memory at once and leaves the gradient as it is. Order and result follow
-    from `seed` (and torch's own, where there is dropout). Returns a dict an epoch: epoch, loss and validation_loss
-    (nats per response token; None without validation), tokens_per_second (padding left out). Raises ValueError where
-    there is nothing to train or to train on.
+    `model` offers `.hidden(input_ids)` -> (B, S, D) and `.lm_head`. Returns a dict an epoch: epoch, loss and
+    validation_loss (nats per response token; None without validation), tokens_per_second (padding left out). Raises
+    ValueError where there is nothing to train or to train on.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("train_sft: no parameter of the model requires gradients; add LoRA or unfreeze it")
     if not sequences or not all(len(prompt) and len(response) for prompt, response in sequences):
         raise ValueError("train_sft: give at least one sequence, each with a prompt and a response of at least a token")
-    total = epochs * math.ceil(len(sequences) / batch_size)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    factor = partial(warmup_cosine, total=total, warmup=math.ceil(warmup * total))
+    total, micro = config.epochs * math.ceil(len(sequences) / config.batch_size), config.micro_batch_size or config.batch_size
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay,
+                                  fused=True)
+    factor = partial(warmup_cosine, total=total, warmup=math.ceil(config.warmup * total))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    generator = torch.Generator().manual_seed(seed)
-    micro, was_training, history = micro_batch_size or batch_size, model.training, []
+    generator = torch.Generator().manual_seed(config.seed)
+    was_training, history = model.training, []
 
     def step(batch: list[Pair]) -> tuple[float, int]:
         loss, n = _accumulate(model, batch, micro, pad_token_id)
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         return loss, n
 
     with tqdm(total=total, desc=desc, unit="step", disable=not progress) as bar:
-        for epoch in range(1, epochs + 1):
+        for epoch in range(1, config.epochs + 1):
             model.train()
-            history.append({"epoch": epoch, **_epoch(step, sequences, batch_size, generator, schedule, bar)})
+            history.append({"epoch": epoch, **_epoch(step, sequences, config.batch_size, generator, schedule, bar)})
             held_out = validation_loss(model, validation, pad_token_id, micro) if validation else None
             history[-1]["validation_loss"] = held_out
     model.train(was_training)
@@ -149,12 +152,10 @@ def _accumulate(model: nn.Module, batch: list[Pair], micro_batch_size: int, pad_
     return mean, n
 
 
-# ----------------------------------------------------------------------------------------------------------- program
+# -------------------------------------------------------------------------------------------------------------- program
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; every default of the loop comes from `train_sft`."""
-    loop = train_sft.__kwdefaults__
     parser = argparse.ArgumentParser(description="Supervised fine-tuning on instructions and outputs (stage 1).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     files = parser.add_argument_group("files")
@@ -164,24 +165,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     files.add_argument("--prompt-template", default="alpaca", help="prompt: alpaca, tiny, chat or a JSON file")
     files.add_argument("--max-tokens", type=int, default=512, help="longer prompt + response: dropped")
     files.add_argument("--validation", type=float, default=0.02, help="share of the data held out")
-    training = parser.add_argument_group("training")
-    training.add_argument("--tuning", choices=("lora", "full"), default="lora", help="what is trained")
-    training.add_argument("--epochs", type=int, default=loop["epochs"], help="passes over the data")
-    training.add_argument("--batch-size", type=int, default=loop["batch_size"], help="sequences an optimiser step")
-    training.add_argument("--micro-batch-size", type=int, default=4, help="sequences in memory at once")
-    training.add_argument("--learning-rate", type=float, help=f"peak; None: {LEARNING_RATES} by --tuning")
-    training.add_argument("--warmup", type=float, default=loop["warmup"], help="share of the steps on the way up")
-    training.add_argument("--weight-decay", type=float, default=loop["weight_decay"], help="AdamW's")
-    training.add_argument("--max-grad-norm", type=float, default=loop["max_grad_norm"], help="clips gradients")
-    training.add_argument("--seed", type=int, default=loop["seed"], help="of split, order, LoRA and dropout")
-    lora = parser.add_argument_group("LoRA (paper, section 2.2)")
-    lora.add_argument("--lora-rank", type=int, default=8, help="rank")
-    lora.add_argument("--lora-alpha", type=float, default=64, help="scale, over rank")
-    lora.add_argument("--lora-dropout", type=float, default=0.1, help="dropout probability")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="one device")
-    machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="None: float32, bfloat16 for LoRA on CUDA")
-    machine.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    training_flags(parser, replace(SFT, micro_batch_size=4), LEARNING_RATES, "sequences")
     return parser.parse_args(argv)
 
 
@@ -189,56 +173,43 @@ def load_pairs(args: argparse.Namespace, tokenizer) -> tuple[list[Pair], list[Pa
     """(training, validation) sequences that fit --max-tokens, split by --seed."""
     examples = load_instructions(args.data, need_output=True)
     pairs = [encode_pair(example, example["output"], tokenizer, args.prompt_template) for example in examples]
-    kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= args.max_tokens]
-    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    held_out = round(args.validation * len(kept))
-    if len(kept) == held_out:
+    short = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= args.max_tokens]
+    order = torch.randperm(len(short), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    held_out = round(args.validation * len(short))
+    if len(short) == held_out:
         shortest = min(len(prompt) + len(response) for prompt, response in pairs)
         raise ValueError(f"--max-tokens {args.max_tokens}, --validation {args.validation}: no sequence left to train "
                          f"on (the shortest of {len(pairs)} has {shortest} tokens)")
-    print(f"{len(kept) - held_out} sequences to train on, {held_out} held out, {len(pairs) - len(kept)} dropped "
+    print(f"{len(short) - held_out} sequences to train on, {held_out} held out, {len(pairs) - len(short)} dropped "
           f"(over {args.max_tokens} tokens)")
-    return [kept[i] for i in order[held_out:]], [kept[i] for i in order[:held_out]]
+    return [short[i] for i in order[held_out:]], [short[i] for i in order[:held_out]]
 
 
-def load_model(args: argparse.Namespace) -> Llama:
-    """The model on its device, ready to train in full or with LoRA."""
-    default = "bfloat16" if args.tuning == "lora" and args.device.startswith("cuda") else "float32"
-    model = Llama.from_pretrained(args.model, getattr(torch, args.dtype or default), args.device, progress=True)
-    model.gradient_checkpointing = args.gradient_checkpointing
-    if args.tuning == "lora":
-        add_lora(model, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
-    return model
-
-
-def save(model: Llama, args: argparse.Namespace, tokenizer) -> None:
-    """Write a whole model that every other program takes as it is, and the adapter alone beside it."""
-    if args.tuning == "lora":
-        save_lora(model, Path(args.out) / "adapter")
+def save_model(model: Llama, folder: Path, tokenizer: Any) -> None:
+    """Write a whole model that every other program takes as it is, and the adapter, if there is one, alone beside it."""
+    if lora_layers(model):
+        save_lora(model, folder / "adapter")
         merge_lora(model)
-    model.save_pretrained(args.out)
-    tokenizer.save(args.out)
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
 
 
 def run(args: argparse.Namespace) -> None:
     """Load, train, save, and print what came of it."""
-    check_out(args.out)
-    torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
-    print(describe_tokenizer(tokenizer))
-    training, validation = load_pairs(args, tokenizer)
-    model = load_model(args)
-    check_vocabulary(tokenizer, model.config.vocab_size, f"--model {args.model}")
-    history = train_sft(
-        model, training, validation=validation, epochs=args.epochs, batch_size=args.batch_size,
-        micro_batch_size=args.micro_batch_size, learning_rate=args.learning_rate or LEARNING_RATES[args.tuning],
-        warmup=args.warmup, weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm,
-        pad_token_id=tokenizer.pad_token_id, seed=args.seed)
-    for row in history:
-        shown = "none" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}"
-        print(f"epoch {row['epoch']}: loss {row['loss']:.3f}, validation {shown} nats per response token, "
-              f"{row['tokens_per_second']:.0f} tokens/s")
-    save(model, args, tokenizer)
+    with new_folder(Path(args.out)) as out:
+        torch.manual_seed(args.seed)
+        tokenizer = load_tokenizer(args.model)
+        print(describe_tokenizer(tokenizer))
+        training, validation = load_pairs(args, tokenizer)
+        model = load_base(args, args.model)
+        check_vocabulary(tokenizer, model.config.vocab_size, f"--model {args.model}")
+        history = train_sft(model, training, training_config(args, LEARNING_RATES), validation=validation,
+                            pad_token_id=tokenizer.pad_token_id)
+        for row in history:
+            shown = "none" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}"
+            print(f"epoch {row['epoch']}: loss {row['loss']:.3f}, validation {shown} nats per response token, "
+                  f"{row['tokens_per_second']:.0f} tokens/s")
+        save_model(model, out, tokenizer)
     print(f"saved {args.out}")
 
 
@@ -246,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for bad input."""
     try:
         run(parse_args(argv))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"sft.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -151,8 +151,8 @@ def write_gguf(file: Path, model) -> None:
 
 def read_answer(folder: Path) -> None:
     """A judge's answer is text: whatever it is, it is read as a verdict or as none."""
-    from factuality import read_facts, read_truth
-    from judges import read_verdict
+    from evaluation.factuality import read_facts, read_truth
+    from evaluation.judges import read_verdict
 
     text = (folder / "answer.txt").read_bytes().decode("utf-8", errors="replace")
     assert read_verdict(text) in (1, 1.5, 2, None) and read_truth(text) in (True, False, None)
@@ -172,21 +172,15 @@ def load_adapter(path: Path) -> None:
 def kinds() -> dict[str, tuple[str, Callable[[Path], object]]]:
     """kind: (the file that is mutated, how it is loaded); the folder is given."""
     import data
-    import factuality
-    import judges
-    import runfolder
-    from checkpoints import local_copy
-    from evaluate import read_lines
+    from evaluation import factuality, judges
+    from formats.tokenizer import load_tokenizer
     from model import Llama
     from reward import RewardModel
+    from training.checkpoint import read_state
+    from training.folder import damage, read_lines
 
     def load(name: str) -> Callable[[Path], object]:
-        return lambda folder: Llama.from_pretrained(local_copy(folder / name))
-
-    def trainer_state(folder: Path) -> None:
-        import train
-
-        train.read_state(folder / "state.pt")
+        return lambda folder: Llama.from_pretrained(folder / name)
 
     return {
         "config": ("model/config.json", load("model")), "safetensors": ("model/model.safetensors", load("model")),
@@ -198,9 +192,9 @@ def kinds() -> dict[str, tuple[str, Callable[[Path], object]]]:
         "adapter config": ("adapter/adapter_config.json", lambda folder: load_adapter(folder / "adapter")),
         "adapter": ("adapter/adapter_model.safetensors", lambda folder: load_adapter(folder / "adapter")),
         "released adapter": ("released.bin", lambda folder: load_adapter(folder / "released.bin")),
-        "trainer state": ("state.pt", trainer_state),
-        "manifest": ("run/manifest.json", lambda folder: runfolder.damage(folder / "run")),
-        "sentencepiece": ("tokenizer/tokenizer.model", lambda folder: data.load_tokenizer(folder / "tokenizer").encode("Hello.")),
+        "trainer state": ("state.pt", lambda folder: read_state(folder / "state.pt")),
+        "manifest": ("run/manifest.json", lambda folder: damage(folder / "run")),
+        "sentencepiece": ("tokenizer/tokenizer.model", lambda folder: load_tokenizer(folder / "tokenizer").encode("Hello.")),
         "instructions": ("list.json", lambda folder: data.load_instructions(folder / "list.json")),
         "instruction lines": ("lines.jsonl", lambda folder: data.load_instructions(folder / "lines.jsonl")),
         "preferences": ("list.json", lambda folder: data.load_preferences(folder / "list.json")),

@@ -1,7 +1,7 @@
 """How fast a model loads and how much memory that takes, beside transformers, for every layout that checkpoints come in.
 
     python bench/loading.py --model SMOLLM2_DIR --gguf smollm2.gguf     # a folder in any layout, and its GGUF file
-    python bench/loading.py --preset tinyllama_1b --layers 4            # random weights of that shape
+    python bench/loading.py --preset tinyllama-1b --layers 4            # random weights of that shape
 
 Each measurement is a process of its own, ours and transformers' AutoModelForCausalLM in turn, the other one first in every
 second of `--rounds` rounds; the table holds medians and goes to bench/results/loading.md. Every layout is written anew to
@@ -102,7 +102,7 @@ def in_turn(path: Path, size: int, dtype: str, loaders: list[str], rounds: int) 
 
 
 def write_safetensors(model, folder: Path, shards: int = 1) -> None:
-    from checkpoints import ShardWriter, write_json
+    from formats.write import ShardWriter, write_json
 
     tensors = dict(model.named_parameters())
     writer = ShardWriter(folder, limit=sum(tensor.nbytes for tensor in tensors.values()) // shards + 1)
@@ -116,7 +116,7 @@ def write_bins(model, folder: Path, shards: int = 3) -> None:
     """pytorch_model-0000k-of-0000n.bin and their index."""
     import torch
 
-    from checkpoints import write_json
+    from formats.write import write_json
 
     tensors, weight_map = {name: tensor.detach() for name, tensor in model.named_parameters()}, {}
     for k in range(shards):
@@ -164,12 +164,13 @@ def source(args: argparse.Namespace):
     """The model to write: --model in float32, or random weights of --preset's shape."""
     import torch
 
-    from model import Llama, LlamaConfig
+    from model import Llama
+    from shapes import SHAPES
 
     if args.model:
         return Llama.from_pretrained(args.model, dtype=torch.float32)
     shape = {"num_hidden_layers": args.layers} if args.layers else {}
-    return Llama(getattr(LlamaConfig, args.preset)(**shape))
+    return Llama(SHAPES[args.preset](**shape))
 
 
 # ----------------------------------------------------------------------------------------------------------- the program
@@ -206,7 +207,7 @@ def report(args: argparse.Namespace, rows: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, help="folder or .gguf file whose weights are used")
-    parser.add_argument("--preset", default="smollm2_135m", help="else random weights of this shape (default: %(default)s)")
+    parser.add_argument("--preset", default="smollm2-135m", help="else random weights of this shape (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="of the preset (default: all)")
     parser.add_argument("--gguf", type=Path, help="a .gguf file to load as well, as it is")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from data import format_prompt, left_pad, load_tokenizer  # noqa: E402
+from data import format_prompt, left_pad  # noqa: E402
+from formats.tokenizer import load_tokenizer  # noqa: E402
 from model import Llama, generate  # noqa: E402
 
 INSTRUCTIONS = ["Name three animals and say where they live.", "What is the capital of France?",

@@ -2,6 +2,7 @@
 
     python bench/ppo_step.py --model SMOLLM2_DIR --prompts prompts.jsonl --peer-python PEER_ENV/bin/python
     python bench/ppo_step.py --model SMOLLM2_DIR --prompts prompts.jsonl --natural      # EOS on, prompts of mixed length
+    python bench/ppo_step.py --model SMOLLM2_DIR --prompts prompts.jsonl --before OTHER_CHECKOUT   # this code beside an older one
     python bench/ppo_step.py --shape llama-7b --device cuda --dtypes bfloat16 --batch 256 --step-batch 128 \\
         --micro-batch 8 --prompt-length 192 --response-length 300                       # random weights, ours alone
 
@@ -25,16 +26,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "bench"))
+
+from shapes import SHAPES  # noqa: E402
 
 PHASES = ("generate", "score", "update")
-SHAPES = {"smollm2-135m": "smollm2_135m", "tinyllama-1b": "tinyllama_1b", "llama-7b": "llama_7b", "llama-13b": "llama_13b"}
 
 
 # ------------------------------------------------------------------------------------------------------- one measurement
@@ -44,9 +46,9 @@ def random_model(shape: str, dtype, device: str):
     """A LLaMA of that shape with random weights, made on the device; 13B is the largest that one 80 GB GPU may hold."""
     import torch
 
-    from model import Llama, LlamaConfig
+    from model import Llama
 
-    config = getattr(LlamaConfig, SHAPES[shape])()
+    config = SHAPES[shape]()
     with torch.device(device):
         torch.set_default_dtype(dtype)
         model = Llama(config)
@@ -54,47 +56,44 @@ def random_model(shape: str, dtype, device: str):
     return model.eval()
 
 
-def build(args, dtype):
-    """(models as train.py wires them on one device, tokenizer, prompts)."""
+def random_models(args, dtype):
+    """Four models of random weights on one device, as train.py places them there, and prompts of random ids."""
     import torch
 
-    import train
-    from data import load_tokenizer
-    from lora import add_lora, lora_disabled
+    from data import Prompts
+    from lora import add_lora
     from model import ValueModel
+    from training.models import Models
 
-    if args.shape:
-        policy, backbone = (random_model(args.shape, dtype, args.device) for _ in range(2))
-        add_lora(policy), add_lora(backbone)
-        value = ValueModel(backbone)
-        head = torch.randn(backbone.config.hidden_size, device=args.device)
+    policy, backbone = (random_model(args.shape, dtype, args.device) for _ in range(2))
+    add_lora(policy), add_lora(backbone)
+    head = torch.randn(backbone.config.hidden_size, device=args.device)
+    tokenizer = SimpleNamespace(eos_token_id=-1, pad_token_id=0, decode=str)
 
-        def logits(model, off):
-            def read(ids, mask, keep):
-                with lora_disabled(model) if off else nullcontext():
-                    return model(ids, mask, logits_to_keep=keep)
-            return read
+    def score(ids, mask, n):
+        return backbone.hidden(ids, mask)[:, -1].float() @ head
 
-        def reward(ids, mask, n):
-            with lora_disabled(backbone):
-                return backbone.hidden(ids, mask)[:, -1].float() @ head
+    models = Models(policy, ValueModel(backbone), policy, None, score, tokenizer, args.device, args.device, shared=True,
+                    shared_critic=True, start={}, notes=[])
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, policy.config.vocab_size, (args.batch * 4, args.prompt_length), generator=draw).tolist()
+    return models, Prompts(ids, [{"instruction": ""}] * len(ids), 0)
 
-        models = train.Models(policy, value, None, logits(policy, False), logits(policy, True), reward, args.device,
-                              args.device, True)
-        tokenizer = SimpleNamespace(eos_token_id=-1, pad_token_id=0, decode=str)
-        draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(3, policy.config.vocab_size, (args.batch * 4, args.prompt_length), generator=draw).tolist()
-        return models, tokenizer, SimpleNamespace(ids=ids, examples=[{"instruction": ""}] * len(ids))
-    run = train.RunConfig(policy=args.model, reward=args.reward, data="", policy_device=args.device,
-                          reference_device=args.device, dtype=args.dtype, prompt_template="alpaca")
+
+def stored_models(args, run):
+    """The models of --model as train.py builds them, and the prompts."""
+    from data import Prompts
+    from formats.tokenizer import load_tokenizer
+    from training.models import build_models
+
     tokenizer = load_tokenizer(args.model)
-    models = train.build_models(run, tokenizer, say=lambda line: None)
+    models = build_models(run, tokenizer)
     texts = [json.loads(line)["prompt"] for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()]
     ids = [tokenizer.encode(text) for text in texts]
-    if args.natural:
-        return models, tokenizer, SimpleNamespace(ids=ids, examples=[{"instruction": t} for t in texts])
-    ids = [p for p in ids if len(p) <= args.prompt_length]
-    return models, replace(tokenizer, eos_token_id=-1), SimpleNamespace(ids=ids, examples=[{"instruction": t} for t in texts])
+    if not args.natural:
+        ids = [p for p in ids if len(p) <= args.prompt_length]
+        models.tokenizer = replace(tokenizer, eos_token_id=-1)  # no response ends before its time
+    return models, Prompts(ids, [{"instruction": text} for text in texts], 0)
 
 
 def measure_ours(args) -> dict:
@@ -104,19 +103,22 @@ def measure_ours(args) -> dict:
     import train
     from data import PromptStream
     from ppo import PPOConfig
+    from training.checkpoint import State
+    from training.config import RunConfig
 
-    models, tokenizer, prompts = build(args, getattr(torch, args.dtype))
     config = PPOConfig(rollout_batch_size=args.batch, step_batch_size=args.step_batch, micro_batch_size=args.micro_batch,
                        rollout_micro_batch_size=args.rollout_micro_batch, response_length=args.response_length)
-    run = train.RunConfig(estimator="bregman", steps=args.steps + 1)
+    run = RunConfig(policy=args.model, reward=args.reward, data="", policy_device=args.device, reference_device=args.device,
+                    dtype=args.dtype, steps=args.steps + 1, ppo=config)
+    models, prompts = random_models(args, getattr(torch, args.dtype)) if args.shape else stored_models(args, run)
     optimizer = torch.optim.Adam(models.trained(), lr=config.learning_rate, eps=config.adam_eps)
-    state = train.State(optimizer, PromptStream(len(prompts.ids), 0), torch.Generator(args.device).manual_seed(0),
-                        torch.Generator().manual_seed(0), config.beta)
+    state = State(optimizer, prompts, PromptStream(len(prompts.ids), 0), torch.Generator(args.device).manual_seed(0),
+                  torch.Generator().manual_seed(0), config.beta)
     torch.manual_seed(0)
     steps = []
     for _ in range(args.steps + 1):
         start = time.perf_counter()
-        metrics, rollout, _ = train.ppo_step(models, state, run, config, tokenizer, prompts)
+        metrics, rollout, _ = train.ppo_step(models, state, run)
         if args.device.startswith("cuda"):
             torch.cuda.synchronize()
         step = {"step": time.perf_counter() - start} | {p: metrics[f"seconds_{p}"] for p in PHASES}
@@ -206,9 +208,13 @@ def in_turn(args) -> dict[str, list[dict]]:
 
     both = flags("batch", "step_batch", "prompt_length", "response_length", "steps", "device", "prompts", "model")
     both += ["--natural"] if args.natural else []
-    own = [sys.executable, __file__, "--measure", *both, *flags("rollout_micro_batch", "shape", "reward")]
-    sides = {dtype: [*own, f"--dtype={dtype}", f"--micro-batch={micro}"]
-             for dtype, micro in zip(args.dtypes, args.micro_batch, strict=True)}
+    measured = ["--measure", *both, *flags("rollout_micro_batch", "shape", "reward")]
+    sides = {}
+    for dtype, micro in zip(args.dtypes, args.micro_batch, strict=True):
+        for name, root in {dtype: ROOT, f"before, {dtype}": args.before}.items():
+            if root:
+                script = str(root.resolve() / "bench" / "ppo_step.py")
+                sides[name] = [sys.executable, script, *measured, f"--dtype={dtype}", f"--micro-batch={micro}"]
     if args.peer_python:
         sides["TRL"] = [args.peer_python, str(ROOT / "bench" / "peer_step.py"), *both]
     found: dict[str, list[dict]] = {side: [] for side in sides}
@@ -225,18 +231,23 @@ def median(runs: list[dict], key: str) -> float:
     return statistics.median(step[key] for run in runs for step in run["steps"])
 
 
+def title(side: str) -> str:
+    """A side's name in the tables."""
+    return "TRL, float32" if side == "TRL" else side if side.startswith("before") else f"ours, {side}"
+
+
 def table(found: dict[str, list[dict]]) -> str:
     """Markdown: a row a side, with phases, peaks, floors and the ratio to the peer."""
-    lines = ["| | step, s | generate | score | update | rest | peak, GiB | tokens a second | step / peer's | peak / peer's |",
+    lines = ["| | step, s | generate | score | update | rest | peak, GiB | tokens a second | step / other's | peak / other's |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    peer = found.get("TRL")
     for side, runs in found.items():
+        peer = found.get("TRL") or found.get(f"before, {side}")
         step, peak = median(runs, "step"), statistics.median(run["peak"] for run in runs)
         speed = statistics.median(run["tokens"][1] for run in runs) / median(runs, "generate")
         ratios = ["", ""]
-        if peer and side != "TRL":
+        if peer and side != "TRL" and not side.startswith("before"):
             ratios = [f"1 / {median(peer, 'step') / step:.2f}", f"1 / {statistics.median(r['peak'] for r in peer) / peak:.2f}"]
-        name = "TRL, float32" if side == "TRL" else f"ours, {side}"
+        name = title(side)
         lines.append(f"| {name} | {step:.1f} | " + " | ".join(f"{median(runs, p):.1f}" for p in (*PHASES, "rest"))
                      + f" | {peak / 2**30:.2f} | {speed:.0f} | " + " | ".join(ratios) + " |")
     lines += ["", "| over the floor | generate | score | update | sum | matmul, GFLOP/s | copy, GB/s | far copy | weights read |",
@@ -247,7 +258,7 @@ def table(found: dict[str, list[dict]]) -> str:
         floor = {key: statistics.median(run["floor"][key] for run in runs) for key in runs[0]["floor"]}
         cells = [f"{median(runs, p):.1f} / {floor[p]:.1f} = {median(runs, p) / floor[p]:.2f}" for p in PHASES]
         whole = sum(median(runs, p) for p in PHASES) / sum(floor[p] for p in PHASES)
-        lines.append(f"| ours, {side} | " + " | ".join(cells) + f" | {whole:.2f} | {floor['matmul'] / 1e9:.0f} | "
+        lines.append(f"| {title(side)} | " + " | ".join(cells) + f" | {whole:.2f} | {floor['matmul'] / 1e9:.0f} | "
                      f"{floor['copy'] / 1e9:.0f} | {floor['far'] / 1e9:.0f} | {floor['read'] / 1e9:.0f} |")
     return "\n".join(lines)
 
@@ -258,7 +269,7 @@ def write_reward(model: str, folder: Path) -> None:
 
     import torch
 
-    from data import TOKENIZER_FILES
+    from formats.tokenizer import TOKENIZER_FILES
     from model import Llama
     from reward import RewardModel
 
@@ -290,6 +301,7 @@ def main() -> None:
     parser.add_argument("--shape", default="", choices=("", *SHAPES), help="random weights of this shape instead of --model")
     parser.add_argument("--prompts", default="", help='JSON lines with a field "prompt"')
     parser.add_argument("--peer-python", default="", help="python of an environment with TRL; without it ours alone")
+    parser.add_argument("--before", type=Path, default=None, help="another checkout of this project, to be measured in turn")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=32, help="responses a PPO step")

@@ -27,7 +27,8 @@ def padded_prompts(args):
     """(ids, mask) of --batch prompts, left-padded to --prompt-length."""
     import torch
 
-    from data import left_pad, load_tokenizer
+    from data import left_pad
+    from formats.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
     texts = [json.loads(line)["prompt"] for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()]
@@ -43,7 +44,7 @@ def ours(args, dtype):
 
     from lora import add_lora, lora_layers
     from model import Llama, generate
-    from train import folded
+    from training.models import folded
 
     model = add_lora(Llama.from_pretrained(args.model, dtype=dtype, device=args.device)).eval()
     for layer in lora_layers(model).values():

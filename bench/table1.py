@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluate import bootstrap, paired_difference, read_lines  # noqa: E402
+from evaluation.statistics import bootstrap, paired_difference  # noqa: E402
+from training.folder import read_lines  # noqa: E402
 
 ROWS = {  # name: (what Table 1 calls it, flags)
     "clamped_kl": ("clamped KL", ["--estimator", "clamped_kl"]),

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from llm_server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -51,7 +49,7 @@ def write_tokenizer(tasks: list[dict], file: Path) -> None:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """A folder like tiny/ after a build, with random weights: sft/, reward/ and data/{ppo,evaluation,about}.json."""
-    from data import load_tokenizer
+    from formats.tokenizer import load_tokenizer
     from model import Llama, LlamaConfig
     from reward import RewardModel
     from tiny.annotators import add_references
@@ -74,6 +72,39 @@ def world(tmp_path_factory) -> Path:
     for name, records in splits.items():
         text = json.dumps([public(record) for record in records], ensure_ascii=False)
         (folder / "data" / f"{name}.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, content: object, name: str = "data.json") -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+# --- a tokenizer ----------------------------------------------------------------------------------------------------
+
+LINES = ["Name the capital of Chile.", "The capital of Chile is Santiago.", "Copper is a metal.", "What is copper?",
+         "### Instruction:", "### Input:", "### Response:", "Sort 3, 1 and 2: the answer is 1, 2, 3."]
+
+
+def train_sentencepiece(file: Path, **settings: object) -> None:
+    """LLaMA's settings: byte fallback, nothing normalised away."""
+    import sentencepiece
+
+    with open(file, "wb") as out:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(LINES * 20), model_writer=out, vocab_size=340, model_type="bpe", byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, **settings)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    """A directory with nothing but tokenizer.model."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_sentencepiece(folder / "tokenizer.model")
     return folder
 
 
@@ -134,3 +165,16 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)  # it would touch the real GPU
     with torch.no_grad(), fake_tensor.FakeTensorMode(), WithoutDeviceGuards():
         yield "cuda:0", "cuda:1"
+
+
+def place(build, device: str) -> torch.nn.Module:
+    """The model with fake weights on `device`."""
+    with torch.device("meta"):
+        model = build()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, torch.nn.Parameter(fake, requires_grad=parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+    return model

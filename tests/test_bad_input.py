@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import settings
+from runs import configured, settings, to_flags
 
 import evaluate
 import lora
@@ -206,10 +206,6 @@ def complaint(program, name: str, argv: list[str], monkeypatch, capsys) -> tuple
     return code, "".join(line + "\n" for line in lines if line and not re.search(r"\d+%\|", line))
 
 
-def flags(given: dict) -> list[str]:
-    return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-
-
 @pytest.fixture
 def broken(world, tmp_path) -> Path:
     return Path(shutil.copytree(world, tmp_path / "world"))
@@ -224,7 +220,7 @@ def test_train_says_in_one_line_what_is_wrong(broken, tmp_path, monkeypatch, cap
     if harm:
         harm(broken)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    argv = flags(settings(broken, tmp_path / "run")) + [flag.format(world=broken) for flag in more]
+    argv = to_flags(settings(broken, tmp_path / "run")) + [flag.format(world=broken) for flag in more]
     code, error = complaint(train, "train.py", argv, monkeypatch, capsys)
     assert code == 2, error
     assert error.startswith("train.py: ") and error.count("\n") == 1 and words in error, error
@@ -265,8 +261,7 @@ WRONG_EVALUATIONS = [  # (file of the run that is written, its content, flags of
 def test_evaluate_says_in_one_line_what_is_wrong(world, tmp_path, monkeypatch, capsys, file, content, argv, words):
     run = tmp_path / "run"
     run.mkdir()
-    stored, config = train.build_config(settings(world, run))
-    (run / "config.json").write_text(json.dumps(vars(stored) | vars(config)))
+    (run / "config.json").write_text(json.dumps(configured(world, run).to_dict()))
     (run / file).write_text(content)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     code, error = complaint(evaluate, "evaluate.py", [flag.format(run=run) for flag in argv], monkeypatch, capsys)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import format_prompt, load_tokenizer
+from data import format_prompt
+from formats.tokenizer import load_tokenizer
 from model import Llama
 from reward import RewardModel
 from tiny.annotators import add_references

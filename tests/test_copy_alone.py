@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 USES = {
@@ -58,21 +59,23 @@ USES = {
         def reward(ids, mask, n): return (ids == 3).sum(1).float()
         def generate(prompts, mask): return torch.randint(2, 7, (len(prompts), 4))
         config = ppo.PPOConfig(rollout_batch_size=8, step_batch_size=4, micro_batch_size=2, learning_rate=0.1)
+        actors = ppo.Actors(policy, value, reference, reward, generate, eos_token_id=2, pad_token_id=0)
         prompts = torch.full((8, 2), 4)
-        rollout = ppo.collect(policy, value, reference, reward, generate, lambda a, b: a - b, prompts,
-                              torch.ones_like(prompts), config, eos_token_id=2, pad_token_id=0, policy_device="cpu",
-                              reference_device="cpu")
+        rollout = ppo.collect(actors, lambda a, b: a - b, prompts, torch.ones_like(prompts), config)
         before = head.weight.detach().clone()
         trained = [*embed.parameters(), *head.parameters()]
-        stats = ppo.update(policy, value, rollout, torch.optim.Adam(trained, lr=0.1), config)
+        stats = ppo.update(actors, rollout, torch.optim.Adam(trained, lr=0.1), config)
         assert not torch.equal(head.weight, before) and all(math.isfinite(x) for x in stats.values())
         """,
     "data": """
         import json
-        from data import PromptStream, encode_pair, left_pad, load_instructions, Tokenizer, tokenize_prompts
+        from data import PromptStream, encode_pair, left_pad, load_instructions, tokenize_prompts
+        class Letters:  # any object that encodes and decodes
+            def encode(self, text, bos=True, eos=False): return [1] * bos + [ord(c) for c in text] + [2] * eos
+            def decode(self, ids): return "".join(map(chr, ids))
         records = [{"instruction": "Say a."}, {"instruction": "Say", "input": "b"}]
         pathlib.Path("ppo.json").write_text(json.dumps(records))
-        letters = Tokenizer(lambda text: [ord(c) for c in text], lambda ids: "".join(map(chr, ids)), 256, 1, 2, 0)
+        letters = Letters()
         prompts = tokenize_prompts(load_instructions("ppo.json"), letters, "alpaca", max_tokens=400)
         ids, mask = left_pad([prompts.ids[i] for i in PromptStream(2).next_batch(2)], 0)
         assert len(prompts.examples) == 2 and mask.sum() == sum(map(len, prompts.ids)) and bool(mask[:, -1].all())
@@ -80,7 +83,7 @@ USES = {
         """,
     "reward": """
         from types import SimpleNamespace
-        from reward import Group, RewardModel, accuracy, standardise, train_reward
+        from reward import Group, RewardModel, TrainingConfig, accuracy, standardise, train_reward
         class Backbone(torch.nn.Module):
             config = SimpleNamespace(hidden_size=6)
             def __init__(self):
@@ -90,7 +93,7 @@ USES = {
                 return self.embed(input_ids).cumsum(1)
         model = RewardModel(Backbone())
         groups = [Group([[1, a, 7, 2], [1, a, 8, 2]], [(0, 1)]) for a in range(3, 7)]  # 7 is preferred to 8
-        train_reward(model, groups, epochs=20, batch_size=2, learning_rate=0.05, progress=False)
+        train_reward(model, groups, TrainingConfig(epochs=20, batch_size=2, learning_rate=0.05), progress=False)
         assert accuracy(model, groups).value == 1
         standardise(model, [s for g in groups for s in g.sequences])
         ids = torch.tensor([[1, 4, 7, 2, 0], [1, 4, 8, 2, 0]])
@@ -113,22 +116,102 @@ USES = {
 }
 
 
+HOMES = {"judges": "evaluation/judges.py", "factuality": "evaluation/factuality.py"}  # the others stand on top
+
+
 def run_isolated(code: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True)
 
 
+def alone(module: str, folder: Path, code: str) -> str:
+    """What the code prints where the module is the only file of the project."""
+    shutil.copy(ROOT / HOMES.get(module, f"{module}.py"), folder)
+    done = run_isolated("\n".join([f"import copy, math, pathlib, sys; sys.path.insert(0, {str(folder)!r})",
+                                   "import torch; torch.manual_seed(0)", textwrap.dedent(code)]), folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("module", USES)
 def test_a_module_works_alone_in_an_empty_folder(module, tmp_path):
-    shutil.copy(ROOT / f"{module}.py", tmp_path)
-    code = "\n".join([f"import copy, math, pathlib, sys; sys.path.insert(0, {str(tmp_path)!r})",
-                      "import torch; torch.manual_seed(0)", textwrap.dedent(USES[module]), "print(*sys.modules)"])
+    loaded = alone(module, tmp_path, textwrap.dedent(USES[module]) + "\nprint(*sys.modules)")
+    ours = {file.stem for file in ROOT.glob("*.py")} | {file.stem for file in ROOT.glob("*/*.py")} | {"formats", "training"}
+    top_level = {name.partition(".")[0] for name in loaded.split()}
+    assert ours & top_level - set(sys.stdlib_module_names) == {module}
+
+
+def test_statistics_work_alone_under_any_name(tmp_path):
+    """As statistics.py they would stand in the place of Python's own."""
+    shutil.copy(ROOT / "evaluation" / "statistics.py", tmp_path / "rates.py")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import rates; print(rates.win_rate([1, 2, 2, None]))"
     done = run_isolated(code, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert {file.stem for file in ROOT.glob("*.py")} & set(done.stdout.split()) == {module}
+    assert done.returncode == 0 and done.stdout.startswith("(66.66"), done.stderr
+
+
+def test_reward_py_alone_reads_a_stored_reward_model_and_gives_the_same_scores(world, tmp_path):
+    """Its backbone is then transformers'."""
+    from reward import RewardModel
+
+    ids = torch.tensor([[0, 0, 1, 5, 9, 2], [1, 7, 7, 30, 12, 2]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    model = RewardModel.from_pretrained(world / "reward")
+    with torch.no_grad():
+        model.mean.fill_(0.25), model.std.fill_(2.0)
+        expected = model(ids, mask)
+    model.save_pretrained(tmp_path / "stored")
+    printed = alone("reward", tmp_path, f"""
+        from reward import RewardModel
+        model = RewardModel.from_pretrained("stored")
+        with torch.no_grad():
+            print(*model(torch.tensor({ids.tolist()}), torch.tensor({mask.tolist()})).tolist())
+        model.save_pretrained("again")
+        assert torch.equal(RewardModel.from_pretrained("again").score.weight, model.score.weight)
+        """)
+    torch.testing.assert_close(torch.tensor([float(x) for x in printed.split()]), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_model_py_alone_reads_shards_ties_and_says_what_is_missing(tmp_path):
+    alone("model", tmp_path, """
+        from safetensors.torch import load_file, save_file
+        from model import Llama, LlamaConfig
+        for tied in (False, True):
+            folder = pathlib.Path(f"tied {tied}")
+            model = Llama(LlamaConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                      num_attention_heads=4, tie_word_embeddings=tied))
+            model.save_pretrained(folder)
+            tensors = sorted(load_file(folder / "model.safetensors").items())
+            (folder / "model.safetensors").unlink()
+            for k in range(2):
+                save_file(dict(tensors[k::2]), folder / f"model-0000{k + 1}-of-00002.safetensors")
+            again, ids = Llama.from_pretrained(folder, dtype=torch.float32), torch.tensor([[1, 5, 9]])
+            assert torch.equal(again(ids), model(ids))
+            assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+        save_file(dict(tensors[2:]), folder / "model-00001-of-00002.safetensors")
+        (folder / "model-00002-of-00002.safetensors").unlink()
+        try:
+            Llama.from_pretrained(folder)
+        except ValueError as error:
+            assert "tied True" in str(error) and "\\n" not in str(error), error
+        else:
+            raise AssertionError("half a model was loaded")
+        """)
+
+
+def test_lora_py_alone_says_what_needs_the_rest_of_the_project(tmp_path):
+    alone("lora", tmp_path, """
+        from lora import load_lora, main
+        (pathlib.Path("released")).mkdir()
+        torch.save({}, "released/pytorch_model.bin")
+        model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 2)})
+        try:
+            load_lora(model, "released")
+        except FileNotFoundError as error:
+            assert "not an adapter in PEFT's layout" in str(error)
+        """)
 
 
 def test_a_module_that_leans_on_a_sibling_would_be_noticed(tmp_path):
-    """The proof that the test above can fail: a program, which may import siblings, does not run alone."""
+    """The proof that the tests above can fail: a program, which may import siblings, does not run alone."""
     shutil.copy(ROOT / "sft.py", tmp_path)
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import sft"
     done = run_isolated(code, tmp_path)
@@ -137,7 +220,8 @@ def test_a_module_that_leans_on_a_sibling_would_be_noticed(tmp_path):
 
 def test_no_module_takes_more_than_torch_and_safetensors_to_import(tmp_path):
     """transformers and sentencepiece are imported where they are needed, or not at all."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(USES)}; print(*sys.modules)"
+    modules = [HOMES.get(module, f"{module}.py").removesuffix(".py").replace("/", ".") for module in USES]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(modules)}; print(*sys.modules)"
     done = run_isolated(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert not {"transformers", "sentencepiece", "peft", "matplotlib"} & set(done.stdout.split())

@@ -1,33 +1,26 @@
 """What lora.py promises: the base stays the base, only the adapters train, PEFT and the released weights are read,
-and a merged folder is the model that it says.
+and merging is exact.
 
     python -m pytest tests/test_lora.py
 """
 
 import json
-import os
 import pickle
-import re
-import shutil
-import subprocess
-import sys
-import weakref
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import place
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora as lora_module
-from conftest import ROOT
 from lora import (LoRALinear, LowRank, add_lora, keep_mask, load_lora, lora_cast, lora_disabled, lora_layers,
-                  lora_parameters, lora_snapshot, lora_state_dict, lora_weights, merge_checkpoint, merge_lora,
+                  lora_parameters, lora_snapshot, lora_state_dict, lora_weights, merge_lora,
                   save_lora, unmerge_lora)
 from model import Llama, LlamaConfig, ValueModel, generate
-from test_devices import place
 
 Q = "model.layers.0.self_attn.q_proj"
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -469,7 +462,7 @@ def test_code_in_a_bin_file_is_refused_in_one_line_and_never_run(name, write, tm
     if name == "pytorch_model.bin":
         (tmp_path / "adapter_config.json").unlink()
     write({"x": WritesAFile(tmp_path / "created")}, tmp_path / name)
-    with pytest.raises(ValueError, match=f"{name}: cannot be read.*io.open") as error:
+    with pytest.raises(ValueError, match=f"{name}: (cannot be read|refused).*io.open") as error:
         load_lora(tiny(), tmp_path)
     assert "\n" not in str(error.value) and not (tmp_path / "created").exists()
     pickle.loads(pickle.dumps(WritesAFile(tmp_path / "created"))).close()
@@ -479,7 +472,7 @@ def test_code_in_a_bin_file_is_refused_in_one_line_and_never_run(name, write, tm
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"state_dict": {}}, {1: torch.ones(1)}, torch.ones(1)])
 def test_a_bin_file_of_something_else_than_named_tensors_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin: holds something other than tensors by name"):
+    with pytest.raises(ValueError, match="pytorch_model.bin: holds something else than tensors by name"):
         load_lora(tiny(), tmp_path)
 
 
@@ -544,280 +537,6 @@ def test_stored_adapters_can_be_read_by_whoever_may_read_the_folder(tmp_path):
     modes = {file.stat().st_mode for file in tmp_path.iterdir()}
     (tmp_path / "new").touch()
     assert modes == {(tmp_path / "new").stat().st_mode}
-
-
-# ------------------------------------------------------------------------------------------- the program: lora.py merge
-
-
-def write_base(folder, layout="model.safetensors", dtype=torch.float32, **changes):
-    """A published model, in one file or two shards, with what lies beside it; a tied lm_head is stored twice."""
-    model = tiny(**changes).to(dtype)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md", "adapter.json"):
-        (folder / name).write_text("{}")
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    tensors["lm_head.weight"] = model.lm_head.weight.detach()
-    save = torch.save
-    if layout.endswith(".safetensors"):
-        tensors, save = {name: tensor.clone() for name, tensor in tensors.items()}, save_file
-    if layout.startswith("two "):
-        stem, _, suffix = layout.removeprefix("two ").partition(".")
-        shards = {f"{stem}-0000{i + 1}-of-00002.{suffix}": sorted(tensors)[i::2] for i in range(2)}
-        weight_map = {name: shard for shard, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-        (folder / f"{layout.removeprefix('two ')}.index.json").write_text(json.dumps(index))
-    else:
-        shards = {layout: list(tensors)}
-    for shard, names in shards.items():
-        save({name: tensors[name] for name in names}, folder / shard)
-    return folder
-
-
-def merge(tmp_path, *options):
-    """`python lora.py merge` on base, adapter and out in tmp_path."""
-    folders = [f"--{name}={tmp_path / name}" for name in ("base", "adapter", "out")]
-    return lora_module.main(["merge", *folders, *options])
-
-
-def stored(folder):
-    """Every tensor of a folder of safetensors, once."""
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        shard = load_file(file)
-        assert not shard.keys() & tensors.keys()
-        tensors |= shard
-    return tensors
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("layout", ["model.safetensors", "two model.safetensors", "pytorch_model.bin",
-                                    "two pytorch_model.bin"])
-def test_a_merged_folder_has_in_transformers_the_logits_of_pefts_own_merge(layout, tied, tmp_path, capsys):
-    base = write_base(tmp_path / "base", layout, tie_word_embeddings=tied)
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", use_rslora=tied, init_lora_weights=False)
-    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
-    theirs.save_pretrained(tmp_path / "adapter")
-    assert merge(tmp_path) == 0
-    assert f"wrote {tmp_path / 'out'}: 14 layers merged, 0.1 MB" in capsys.readouterr().out
-    merged, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info.values())
-    torch.testing.assert_close(merged(IDS).logits, theirs.merge_and_unload()(IDS).logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(Llama.from_pretrained(tmp_path / "out")(IDS), merged(IDS).logits, atol=1e-4, rtol=1e-4)
-    tensors = stored(tmp_path / "out")
-    assert ("lm_head.weight" in tensors) is not tied
-    beside = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-    assert all((base / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in beside)
-    weights = ["model.safetensors"]
-    if layout.startswith("two "):
-        shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-        weights = [*shards, "model.safetensors.index.json"]
-        index = json.loads((tmp_path / "out" / weights[2]).read_text())
-        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
-        assert index["weight_map"] == {name: shard for shard in shards for name in load_file(tmp_path / "out" / shard)}
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(beside + weights)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_merged_weights_are_those_of_merge_lora_bit_for_bit_and_all_else_is_the_bases(dtype, tmp_path):
-    base = write_base(tmp_path / "base", dtype=dtype)
-    save_lora(adapted(seed=3), tmp_path / "adapter")
-    model = Llama.from_pretrained(base)
-    load_lora(model, tmp_path / "adapter")
-    expected = {name: tensor for name, tensor in merge_lora(model).state_dict().items() if "lora" not in name}
-    assert merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out") == (
-        8, sum(tensor.nbytes for tensor in expected.values()))
-    before, after = stored(base), stored(tmp_path / "out")
-    assert same(after, expected) and {tensor.dtype for tensor in after.values()} == {dtype}
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {f"{name}.weight" for name in lora_layers(model)}
-
-
-def test_dtype_rounds_the_float32_merge_once_and_config_json_says_so(tmp_path):
-    base = write_base(tmp_path / "base")
-    edit(base / "config.json", torch_dtype="float32", dtype="float32")
-    save_lora(adapted(seed=3), tmp_path / "adapter")
-    assert merge(tmp_path) == 0
-    wide = stored(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "wide")
-    assert merge(tmp_path, "--dtype", "bfloat16") == 0
-    assert same(stored(tmp_path / "out"), {name: tensor.to(torch.bfloat16) for name, tensor in wide.items()})
-    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("base", "out"))
-    assert after == before | {"torch_dtype": "bfloat16", "dtype": "bfloat16"}
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.dtype == torch.bfloat16
-
-
-def test_an_old_bin_whose_tensors_share_memory_or_are_strided_merges_as_well(tmp_path):
-    base = write_base(tmp_path / "base", "pytorch_model.bin")
-    tensors = torch.load(base / "pytorch_model.bin")
-    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"], f"{Q}.weight": tensors[f"{Q}.weight"].T}
-    torch.save(tensors, base / "pytorch_model.bin", _use_new_zipfile_serialization=False)  # as before torch 1.6
-    save_lora(adapted(seed=3, targets=("k_proj",)), tmp_path / "adapter")
-    assert merge(tmp_path) == 0
-    merged = stored(tmp_path / "out")
-    assert merged.keys() == tensors.keys()
-    assert {name for name in tensors if not torch.equal(merged[name], tensors[name])} == {
-        f"model.layers.{i}.self_attn.k_proj.weight" for i in range(2)}
-
-
-def test_the_papers_released_policy_merges_with_alpha_64(tmp_path):
-    policy = adapted(seed=1)
-    write_base(tmp_path / "base")
-    (tmp_path / "adapter").mkdir()
-    torch.save(released(policy, adapted(seed=2)), tmp_path / "adapter" / "pytorch_model.bin")
-    assert merge(tmp_path) == 0
-    torch.testing.assert_close(Llama.from_pretrained(tmp_path / "out")(IDS), policy(IDS), atol=1e-4, rtol=1e-4)
-
-
-def test_lora_py_alone_is_the_whole_program(tmp_path):
-    shutil.copy(ROOT / "lora.py", tmp_path)
-    write_base(tmp_path / "base")
-    save_lora(adapted(), tmp_path / "adapter")
-    command = [sys.executable, "-I", "lora.py", "merge", "--base", "base", "--adapter", "adapter", "--out", "new/out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "wrote new/out: 8 layers merged, 0.1 MB\n"), done.stderr
-    assert "21/21" in done.stderr and Llama.from_pretrained(tmp_path / "new" / "out")
-
-
-def test_only_one_shard_of_the_base_is_held_at_a_time(tmp_path, monkeypatch):
-    base = write_base(tmp_path / "base", "two pytorch_model.bin")
-    save_lora(adapted(), tmp_path / "adapter")
-    read, write, held = lora_module._read_tensors, lora_module.save_file, []
-
-    def watched_read(file):
-        # One tensor may linger in the loop over the names and shapes.
-        assert sum(tensor() is not None for tensor in held) <= 1
-        tensors = read(file)
-        held.extend(weakref.ref(tensor) for tensor in tensors.values() if file.parent == base)
-        return tensors
-
-    def watched_write(tensors, *rest):
-        held.extend(map(weakref.ref, tensors.values()))
-        write(tensors, *rest)
-
-    monkeypatch.setattr(lora_module, "_read_tensors", watched_read)
-    monkeypatch.setattr(lora_module, "save_file", watched_write)
-    assert merge(tmp_path) == 0
-    assert len(held) == 3 * 21  # read twice, written once
-
-
-def rewrite(file, **changes):
-    """Replace tensors of a safetensors file, or with None take them out."""
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    save_file({name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}, file)
-
-
-def refused(tmp_path, capsys, message, *options):
-    """Exit code 2, one line with the message, and nothing new on disk."""
-    before = sorted(tmp_path.rglob("*"))
-    assert merge(tmp_path, *options) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and "tensor/s" not in line]  # no bar
-    assert len(lines) == 1 and lines[0].startswith("lora.py: ")
-    assert re.search(message, lines[0]), lines[0]
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-A, W = f"base_model.model.{Q}.lora_A.weight", f"{Q}.weight"
-DAMAGE = {  # what happens to the folders base and adapter: what the line says
-    "no adapter": (lambda b, a: shutil.rmtree(a), "adapter: no adapter_config.json"),
-    "no adapter config": (lambda b, a: (a / "adapter_config.json").unlink(), "adapter: no adapter_config.json"),
-    "no base": (lambda b, a: shutil.rmtree(b), "base: not a Hugging Face folder: no model.safetensors or"),
-    "no config": (lambda b, a: (b / "config.json").unlink(), "base: not a Hugging Face folder: no config.json"),
-    "bad config": (lambda b, a: (b / "config.json").write_text("{"), "base/config.json: not JSON"),
-    "quantised": (lambda b, a: edit(b / "config.json", quantization_config={"bits": 4}), "config.json: quantization"),
-    "truncated base": (lambda b, a: os.truncate(b / "model.safetensors", 5000), "base/model.safetensors: cannot be"),
-    "truncated adapter": (lambda b, a: os.truncate(a / "adapter_model.safetensors", 5000),
-                          "adapter_model.safetensors: cannot be read"),
-    "weight missing": (lambda b, a: rewrite(b / "model.safetensors", **{W: None}),
-                       f"adapter_model.safetensors: unexpected tensor {Q}.lora_A: .*base has no weight of its own"),
-    "weight of integers": (lambda b, a: rewrite(b / "model.safetensors", **{W: torch.ones(32, 32).int()}),
-                           f"adapter_model.safetensors: unexpected tensor {Q}.lora_A"),
-    "weight of another shape": (lambda b, a: rewrite(b / "model.safetensors", **{W: torch.ones(16, 32)}),
-                                rf"adapter_model.safetensors: tensor {Q}.lora_B has shape \(32, 8\), not \(16, 8\)"),
-    "half an adapter": (lambda b, a: rewrite(a / "adapter_model.safetensors", **{A: None}),
-                        f"adapter_model.safetensors: missing tensor {Q}.lora_A"),
-    "infinite": (lambda b, a: rewrite(a / "adapter_model.safetensors", **{A: torch.full((8, 32), torch.inf)}),
-                 f"base/model.safetensors: tensor {W} is infinite or NaN"),  # seen only after writing has begun
-}
-
-
-@pytest.mark.parametrize("case", DAMAGE)
-def test_bad_input_ends_in_one_line_and_writes_nothing(case, tmp_path, capsys):
-    base, adapter = write_base(tmp_path / "base"), tmp_path / "adapter"
-    save_lora(adapted(), adapter)
-    damage, message = DAMAGE[case]
-    damage(base, adapter)
-    refused(tmp_path, capsys, message)
-
-
-def test_shards_that_are_absent_or_outside_the_base_are_refused(tmp_path, capsys):
-    base = write_base(tmp_path / "base", "two model.safetensors")
-    save_lora(adapted(), tmp_path / "adapter")
-    index, shard = base / "model.safetensors.index.json", "model-00001-of-00002.safetensors"
-    shutil.copy(base / shard, tmp_path / shard)
-    for name in (f"../{shard}", str(tmp_path / shard), f"sub/../{shard}"):
-        edit(index, weight_map={W: name})
-        refused(tmp_path, capsys, f"index.json: shard .*{shard} is not a file of this folder")
-    edit(index, weight_map={W: "model-00003-of-00002.safetensors"})
-    refused(tmp_path, capsys, "base/model-00003-of-00002.safetensors: not found, but model.safetensors.index.json")
-    edit(index, weight_map=[])
-    refused(tmp_path, capsys, "index.json: not an index of shards")
-
-
-def test_gguf_files_and_metas_folders_are_sent_to_model_py_convert(tmp_path, capsys):
-    save_lora(adapted(), tmp_path / "adapter")
-    (tmp_path / "base").mkdir()
-    for name, kind in (("params.json", "Meta"), ("llama.gguf", "GGUF")):
-        (tmp_path / "base" / name).touch()
-        refused(tmp_path, capsys, f"base: {kind} format.* `python model.py convert --model {tmp_path}/base --out DIR`")
-    with pytest.raises(ValueError, match=r"llama.gguf: GGUF format"):
-        merge_checkpoint(tmp_path / "base" / "llama.gguf", tmp_path / "adapter", tmp_path / "out")
-
-
-def test_an_out_folder_that_holds_files_is_refused_and_an_empty_one_is_filled(tmp_path, capsys):
-    write_base(tmp_path / "base")
-    save_lora(adapted(), tmp_path / "adapter")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").touch()
-    refused(tmp_path, capsys, "out: already there and not an empty folder")
-    (tmp_path / "out" / "precious").unlink()
-    assert merge(tmp_path) == 0
-
-
-def test_an_adapter_of_a_tied_output_layer_is_refused(tmp_path, capsys):
-    write_base(tmp_path / "base", tie_word_embeddings=True)
-    save_lora(adapted(targets=("q_proj", "lm_head")), tmp_path / "adapter")
-    refused(tmp_path, capsys, "unexpected tensor lm_head.lora_A: .*base has no weight of its own for that layer")
-
-
-def test_code_in_a_bin_base_is_refused_and_never_run(tmp_path, capsys):
-    base = write_base(tmp_path / "base", "pytorch_model.bin")
-    save_lora(adapted(), tmp_path / "adapter")
-    torch.save({"x": WritesAFile(tmp_path / "created")}, base / "pytorch_model.bin")
-    refused(tmp_path, capsys, "base/pytorch_model.bin: cannot be read")
-
-
-def test_a_weight_too_large_for_float16_is_refused(tmp_path, capsys):
-    base = write_base(tmp_path / "base", dtype=torch.bfloat16)
-    save_lora(adapted(), tmp_path / "adapter")
-    rewrite(base / "model.safetensors", **{"model.norm.weight": torch.full((32,), 1e5)})
-    refused(tmp_path, capsys, "tensor model.norm.weight is infinite .* torch.float16", "--dtype", "float16")
-
-
-def test_a_crash_between_two_shards_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
-    write_base(tmp_path / "base", "two model.safetensors")
-    save_lora(adapted(), tmp_path / "adapter")
-    write = lora_module.save_file
-
-    def disk_full(tensors, file, metadata):
-        if "00002-of" in file.name:
-            file.write_bytes(b"half")
-            raise OSError("no space left on device")
-        write(tensors, file, metadata)
-
-    monkeypatch.setattr(lora_module, "save_file", disk_full)
-    refused(tmp_path, capsys, "no space left on device")
 
 
 # --- the fast paths and their slow twins ---------------------------------------------------------------------------

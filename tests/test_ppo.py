@@ -65,13 +65,19 @@ def count_threes(ids, mask, n):
     return ((ids == 3) * mask).sum(1).float()
 
 
-def collect(policy, value, config, n=8, reference=None, reward=count_threes, generate=None, **changes):
-    settings = dict(eos_token_id=EOS, pad_token_id=PAD, policy_device="cpu", reference_device="cpu",
-                    penalty=lambda a, b: a - b)
-    prompts, prompt_mask = changes.pop("batch", None) or left_padded_prompts(n)
+def actors(policy, value, reference=None, reward=count_threes, generate=None, **changes):
+    ends = {"eos_token_id": EOS, "pad_token_id": PAD}
+    return ppo.Actors(policy, value, reference or TinyLM(seed=5), reward, generate, **ends | changes)
+
+
+def collect(policy, value, config, n=8, *, penalty=lambda a, b: a - b, batch=None, beta=None, generate=None, **changes):
     generate = generate or sampler(policy, 6, config.temperature)
-    return ppo.collect(policy, value, reference or TinyLM(seed=5), reward, generate, prompts=prompts,
-                       prompt_mask=prompt_mask, config=config, **{**settings, **changes})
+    return ppo.collect(actors(policy, value, generate=generate, **changes), penalty, *batch or left_padded_prompts(n), config,
+                       beta)
+
+
+def update(policy, value, rollout, optimizer, config, **changes):
+    return ppo.update(actors(policy, value), rollout, optimizer, config, **changes)
 
 
 # --- masks -------------------------------------------------------------------------------------------------------
@@ -370,7 +376,7 @@ def test_a_rollout_of_one_token_responses_trains():
     config = small_config()
     rollout = collect(policy, value, config, generate=lambda p, m: torch.full((len(p), 1), EOS))
     assert rollout.mask.all() and rollout.mask.shape == (8, 1)
-    stats = ppo.update(policy, value, rollout, torch.optim.SGD([*policy.parameters(), *critic.parameters()]), config)
+    stats = update(policy, value, rollout, torch.optim.SGD([*policy.parameters(), *critic.parameters()]), config)
     assert all(math.isfinite(x) for x in stats.values())
 
 
@@ -463,7 +469,7 @@ def step_gradient(policy, critic, value, rollout, config):
     """The gradient that reached SGD with rate 1, read off the weights' movement; and what update logged."""
     parameters = [*policy.parameters(), *critic.parameters()]
     before = [p.detach().clone() for p in parameters]
-    stats = ppo.update(policy, value, rollout, torch.optim.SGD(parameters, lr=1.0), config)
+    stats = update(policy, value, rollout, torch.optim.SGD(parameters, lr=1.0), config)
     return torch.cat([(a - b.detach()).flatten() for a, b in zip(before, parameters, strict=True)]), stats
 
 
@@ -544,7 +550,7 @@ def test_micro_batches_cost_no_more_columns_than_their_longest_row():
         widths.append(ids.shape[1])
         return policy(ids, mask, keep)
 
-    ppo.update(watched, value, rollout, torch.optim.SGD(critic.parameters()), config)
+    update(watched, value, rollout, torch.optim.SGD(critic.parameters()), config)
     assert widths == [2, 3, 4, 5]  # 2 real prompt tokens and 1, 2, 3, 4 of response but the last; padded, each would be 12
 
 
@@ -562,7 +568,7 @@ def test_every_response_is_used_once_an_epoch_in_the_generators_order():
             return policy(ids, mask, keep)
 
         done = []
-        ppo.update(watched, value, rollout, torch.optim.SGD(critic.parameters(), lr=0.0), config,
+        update(watched, value, rollout, torch.optim.SGD(critic.parameters(), lr=0.0), config,
                    generator=torch.Generator().manual_seed(seed), progress=lambda phase, n: done.append((phase, n)))
         assert done == [("update", 2)] * 12
         return seen
@@ -587,7 +593,7 @@ def test_a_non_finite_quantity_is_named_and_never_reaches_a_weight(broken):
     parameters = [*policy.parameters(), *critic.parameters(), root]
     before = [p.detach().clone() for p in parameters]
     with pytest.raises(FloatingPointError, match=broken):
-        ppo.update(policy, faulty, rollout, torch.optim.Adam(parameters), config)
+        update(policy, faulty, rollout, torch.optim.Adam(parameters), config)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 
@@ -600,34 +606,9 @@ def test_ppo_learns_to_say_what_is_rewarded():
     for step in range(25):
         rollout = collect(policy, value, config, n=32, generate=sampler(policy, 6, seed=step), reference=TinyLM(seed=0),
                           reward=lambda ids, mask, n: ((ids[:, -n:] == 3) * mask[:, -n:]).sum(1).float())
-        ppo.update(policy, value, rollout, optimizer, config)
+        update(policy, value, rollout, optimizer, config)
         scores.append(rollout.scores.mean().item())
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 2, scores
-
-
-# --- placement ---------------------------------------------------------------------------------------------------
-
-
-def test_scoring_and_losses_run_with_the_models_on_two_gpus_without_a_gpu(two_gpus):
-    """Fake tensors know shapes and devices only: mixing the two devices, or reading a value back, would raise."""
-    first, second = two_gpus
-    policy, critic = TinyLM(device=first), TinyLM(outputs=1, device=first)
-    reference, scorer = TinyLM(device=second), TinyLM(outputs=1, device=second)
-    prompts = torch.zeros(2, 4, dtype=torch.long, device=first)
-    responses = torch.zeros(2, 3, dtype=torch.long, device=first)
-    mask = ppo.response_mask(responses, EOS)
-    said = ppo.score(policy, lambda i, m: critic(i, m).squeeze(-1), reference,
-                     lambda i, m, n: scorer(i, m).squeeze(-1)[:, -1],
-                     prompts, torch.ones_like(prompts), responses, mask,
-                     temperature=0.7, policy_device=first, reference_device=second)
-    assert {str(x.device) for x in said.values()} == {first}
-    assert {k: tuple(x.shape) for k, x in said.items()} == {
-        "logprobs": (2, 3), "ref_logprobs": (2, 3), "values": (2, 3), "scores": (2,)}
-    rewards = ppo.shape_rewards(said["scores"], said["logprobs"] - said["ref_logprobs"], mask, 0.02)
-    advantages, returns = ppo.gae(ppo.whiten(rewards, mask, shift_mean=False), said["values"], mask)
-    actor, _ = ppo.policy_loss(said["logprobs"], said["logprobs"], ppo.whiten(advantages, mask), mask)
-    critic_loss, _ = ppo.value_loss(said["values"], said["values"], returns, mask)
-    assert str((actor + critic_loss).device) == first
 
 
 # --- configuration -----------------------------------------------------------------------------------------------
@@ -661,7 +642,7 @@ def test_a_rollout_that_does_not_divide_is_refused_not_truncated():
     policy, critic, value = tiny_models()
     rollout = collect(policy, value, small_config(), n=6)
     with pytest.raises(ValueError, match="rollout of 6 is not a multiple of step_batch_size 8"):
-        ppo.update(policy, value, rollout, torch.optim.SGD(critic.parameters()), small_config())
+        update(policy, value, rollout, torch.optim.SGD(critic.parameters()), small_config())
 
 
 def test_beta_rises_when_the_kl_is_above_target_and_moves_by_a_fifth_at_most():

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import ppo
 from data import load_instructions, load_preferences
-from evaluate import win_rate
-from judges import resumable
+from evaluation.judges import resumable
+from evaluation.statistics import win_rate
 from lora import add_lora, merge_lora, unmerge_lora
-from runfolder import append_line, cut_after
+from training.folder import append_line, cut_after
 
 EOS = 2
 settings.register_profile("quiet", deadline=None, derandomize=True, max_examples=60)

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,14 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import reward  # noqa: E402
-from lora import add_lora, merge_lora  # noqa: E402
-from model import Llama, LlamaConfig  # noqa: E402
-from reward import (  # noqa: E402
-    Group, RewardModel, accuracy, group_preferences, pairwise_loss, standardise, train_reward,
-)
+import reward
+from lora import add_lora, merge_lora
+from model import Llama, LlamaConfig
+from reward import (Group, RewardModel, TrainingConfig, accuracy, group_preferences, pairwise_loss, same_ids, standardise,
+                    train_reward)
+from training.models import is_rule, load_rule
 
 EOS = 2
 
@@ -116,14 +113,12 @@ class Letters:
 
 
 def test_token_ids_are_scored_as_they_are_only_where_they_mean_the_same(model):
-    said = []
     ids, mask = torch.tensor([[0, 1, 3, 4, EOS], [1, 3, 3, 5, 0]]), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
-    score = reward.scorer(model, Letters("abc"), Letters("abcd"), said.append)
-    assert "as they are" in said[0] and torch.equal(score(ids, mask, 2), model(ids, mask))
+    assert same_ids(Letters("abc"), Letters("abcd")) and not same_ids(Letters("abc"), Letters("cba"))
+    assert torch.equal(reward.scorer(model)(ids, mask, 2), model(ids, mask))
 
     model.mean.fill_(0.5), model.std.fill_(2.0)
-    score = reward.scorer(model, Letters("abc"), Letters("cba"), said.append)
-    assert "tokenises anew" in said[1]
+    score = reward.retokenising_scorer(model, Letters("abc"), Letters("cba"))
     respelled = torch.tensor([[0, 1, 5, 4, EOS], [1, 5, 5, 3, 0]])
     torch.testing.assert_close(score(ids, mask, 2), model(respelled, mask))
 
@@ -131,8 +126,8 @@ def test_token_ids_are_scored_as_they_are_only_where_they_mean_the_same(model):
 def test_a_rule_reads_prompt_and_response_as_texts(tmp_path):
     file = tmp_path / "rules.py"
     file.write_text("def short(prompts, responses):\n    return [10 * len(p) - len(r) for p, r in zip(prompts, responses)]\n")
-    assert reward.is_rule(f"{file}:short") and not reward.is_rule(str(tmp_path))
-    score = reward.rule_scorer(reward.load_rule(f"{file}:short"), Letters("abc"))
+    assert is_rule(f"{file}:short") and not is_rule(str(tmp_path))
+    score = reward.rule_scorer(load_rule(f"{file}:short"), Letters("abc"))
     ids = torch.tensor([[0, 1, 3, 4, EOS], [1, 3, 3, 5, 0]])  # prompts "a" and "aa", responses "b" and "c"
     assert score(ids, torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]), 2).tolist() == [9.0, 19.0]
 
@@ -152,7 +147,7 @@ def test_a_rule_that_is_not_there_is_named(name, message, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rules.py").write_text("def short(prompts, responses):\n    return [0.0] * len(responses)\n")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        reward.load_rule(name)
+        load_rule(name)
 
 
 # Loss and groups
@@ -242,8 +237,7 @@ def test_training_learns_to_prefer_a_pattern_and_leaves_held_out_data_out():
     groups = [Group([sequence(3), sequence(4)], [(0, 1)]) for _ in range(96)]
     model = RewardModel(tiny_llama())
     before = accuracy(model, groups[64:])
-    history = train_reward(model, groups[:64], held_out=groups[64:], epochs=8, batch_size=16, learning_rate=1e-2,
-                           progress=False)
+    history = train_reward(model, groups[:64], TrainingConfig(8, 16, 1e-2), held_out=groups[64:], progress=False)
     assert before.value < 0.8
     assert history[-1]["held_out"].value > 0.95 and history[-1]["held_out"].n == 32
     assert history[-1]["loss"] < 0.2 < history[0]["loss"]
@@ -256,7 +250,7 @@ def test_training_is_repeatable_and_lora_trains_adapter_and_head_only():
         model = RewardModel(tiny_llama())
         add_lora(model.backbone, dropout=0.0)
         before = {name: p.clone() for name, p in model.named_parameters()}
-        train_reward(model, groups, batch_size=2, learning_rate=1e-2, progress=False)
+        train_reward(model, groups, TrainingConfig(1, 2, 1e-2), progress=False)
         runs.append(dict(model.named_parameters()))
         changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert changed == {n for n in before if n.endswith((".lora_A", ".lora_B"))} | {"score.weight"}
@@ -377,7 +371,7 @@ def test_weights_that_do_not_fit_are_an_error_never_a_skip(tmp_path, model):
     with pytest.raises(ValueError, match="unexpected tensor model.extra"):
         RewardModel.from_pretrained(tmp_path)
     save_file({**good, "model.norm.weight": torch.ones(5)}, file)
-    with pytest.raises(ValueError, match="size mismatch for model.norm.weight"):
+    with pytest.raises(ValueError, match=r"tensor model.norm.weight has shape \(5,\), its configuration asks for \(16,\)"):
         RewardModel.from_pretrained(tmp_path)
 
 
@@ -440,3 +434,12 @@ def test_bad_input_is_exit_code_2_and_one_line(tmp_path, base_dir, capsys):
     error = capsys.readouterr().err
     assert error.startswith("reward.py: ") and "pairs.json: the list holds no records" in error
     assert error.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_the_training(tmp_path, base_dir, capsys, monkeypatch):
+    monkeypatch.setattr(reward, "train_reward", lambda *a, **k: pytest.fail("trained first"))
+    (tmp_path / "file").write_text("mine")
+    argv = ["--base", str(base_dir), "--data", "x", "--out", str(tmp_path / "file" / "x")]
+    assert reward.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"reward.py: --out {tmp_path / 'file' / 'x'}: no such folder") and error.count("\n") == 1

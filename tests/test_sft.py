@@ -2,19 +2,17 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import sft  # noqa: E402
-from lora import add_lora, load_lora, merge_lora  # noqa: E402
-from model import Llama, LlamaConfig, generate  # noqa: E402
-from sft import collate, length_batches, response_loss, train_sft, validation_loss, warmup_cosine  # noqa: E402
+import sft
+from lora import add_lora, load_lora, merge_lora
+from model import Llama, LlamaConfig, generate
+from reward import TrainingConfig
+from sft import collate, length_batches, response_loss, train_sft, validation_loss, warmup_cosine
 
 EOS = 2
 PAIRS = [([1, 5, 6], [7, 8, EOS]), ([1, 9], [10, EOS]), ([1, 11, 12, 13], [14, 15, 16, 17, EOS])]
@@ -85,7 +83,7 @@ def test_the_learning_rate_rises_in_a_line_and_falls_as_half_a_cosine():
 
 def test_three_examples_are_learned_by_heart_and_end_with_eos():
     model = tiny_llama()
-    history = train_sft(model, PAIRS, validation=PAIRS, epochs=60, batch_size=3, learning_rate=1e-2, progress=False)
+    history = train_sft(model, PAIRS, TrainingConfig(60, 3, 1e-2), validation=PAIRS, progress=False)
     assert history[0]["loss"] > 3 and history[-1]["loss"] < 0.05
     assert history[-1]["validation_loss"] < 0.05 and history[-1]["tokens_per_second"] > 0
     for prompt, response in PAIRS:
@@ -98,7 +96,7 @@ def test_three_examples_are_learned_by_heart_and_end_with_eos():
 def test_training_is_repeatable_and_another_seed_is_another_run():
     def weights(seed: int) -> torch.Tensor:
         model = tiny_llama()
-        train_sft(model, PAIRS, epochs=2, batch_size=1, learning_rate=1e-3, seed=seed, progress=False)
+        train_sft(model, PAIRS, TrainingConfig(2, 1, 1e-3, seed=seed), progress=False)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
@@ -107,7 +105,7 @@ def test_training_is_repeatable_and_another_seed_is_another_run():
 def test_lora_trains_the_adapter_alone_and_gives_the_mode_back():
     model = add_lora(tiny_llama().eval())
     before = {name: p.clone() for name, p in model.named_parameters()}
-    train_sft(model, PAIRS, epochs=1, learning_rate=1e-2, progress=False)
+    train_sft(model, PAIRS, TrainingConfig(1, 128, 1e-2), progress=False)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed and all(name.endswith((".lora_A", ".lora_B")) for name in changed) and not model.training
 
@@ -174,3 +172,12 @@ def test_bad_input_is_exit_code_2_and_one_line(tmp_path, model_dir, capsys, flag
     assert sft.main(arguments(tmp_path, model_dir, *flags)) == 2
     error = capsys.readouterr().err
     assert re.match("sft.py: .*" + says, error) and error.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_the_training(tmp_path, model_dir, capsys, monkeypatch):
+    """What was trained would be lost, and so it was once."""
+    monkeypatch.setattr(sft, "train_sft", lambda *a, **k: pytest.fail("trained first"))
+    (tmp_path / "file").write_text("mine")
+    assert sft.main(arguments(tmp_path, model_dir, "--out", str(tmp_path / "file" / "x"))) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"sft.py: --out {tmp_path / 'file' / 'x'}: no such folder can be made") and error.count("\n") == 1

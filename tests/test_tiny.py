@@ -346,14 +346,14 @@ def test_judges_take_the_reference_as_output_1():
 def test_a_record_from_a_data_file_is_judged_as_the_task_it_was_written_from(world, splits):
     from conftest import make_tasks
 
-    from data import load_tokenizer
-    from evaluate import load_benchmark
+    from evaluation.measure import load_benchmark
+    from formats.tokenizer import load_tokenizer
 
     benchmark = load_benchmark(world / "data" / "evaluation.json", load_tokenizer(world / "sft"), "tiny", 500)
     written = add_references(make_tasks(300, seed=0)[60:72], seed=0)
     demonstrations = [task["output"] for task in make_tasks(300, seed=0)[60:72]]
     from_file, from_memory = (judge(tasks, demonstrations, [t["output"] for t in tasks])
-                              for tasks in (benchmark["tasks"], written))
+                              for tasks in (benchmark.tasks, written))
     assert from_file == from_memory and len(set(from_file)) > 1
 
 

@@ -1,84 +1,29 @@
 """What train.py promises: a run folder that says all, checkpoints that PEFT reads, and resuming as if never stopped."""
 
-import contextlib
-import io
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, make_tasks, write_tokenizer
-from safetensors.torch import load_file
+from runs import STEPS, assert_same_run, configured, records, settings, start, state_of, timeless, to_flags, weights
 
 import evaluate
 import ppo
 import train
-from data import load_tokenizer
 from divergences import ESTIMATORS
+from formats.tokenizer import load_tokenizer
 from lora import add_lora, load_lora, lora_layers, save_lora
 from model import Llama
-from ppo import PPOConfig
-from train import RunConfig
-
-STEPS = 3
-
-
-def settings(world: Path, out: Path, **changes) -> dict:
-    """Flags of a run of a second: 8 responses of up to 8 tokens a step, two optimiser steps of 4 in each epoch."""
-    data = {"data": str(world / "data" / "ppo.json"), "evaluation": str(world / "data" / "evaluation.json")}
-    sizes = dict(steps=STEPS, save_every=1, rollout_batch_size=8, step_batch_size=4, micro_batch_size=2,
-                 rollout_micro_batch_size=4, response_length=8, learning_rate=0.01, warmup_steps=1)
-    places = dict(policy=str(world / "sft"), reward=str(world / "reward"), out=str(out), prompt_template="tiny",
-                  policy_device="cpu", reference_device="cpu")
-    return data | sizes | places | changes
-
-
-def start(given: dict, resume: bool = False) -> str:
-    """Runs train.py's loop in this process; returns what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()):
-        run, config = train.stored_config(given) if resume else train.build_config(given)
-        train.train(run, config, resume)
-    return printed.getvalue()
-
-
-def records(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-
-
-def timeless(out: Path) -> dict:
-    """Everything a run computed, without the seconds it took."""
-    metrics = [{k: v for k, v in m.items() if not k.startswith("seconds_")} for m in records(out / "metrics.jsonl")]
-    return {"metrics": metrics} | {name: records(out / f"{name}.jsonl") for name in ("samples", "evaluations")
-                                   if (out / f"{name}.jsonl").exists()}
-
-
-def weights(step: Path) -> dict[str, torch.Tensor]:
-    return {f"{file.parent.name}/{file.name}/{name}": tensor for file in sorted(step.glob("*/*.safetensors"))
-            for name, tensor in load_file(file).items()}
-
-
-def assert_same_run(a: Path, b: Path, step: str = f"step-{STEPS:04d}") -> None:
-    """Bit for bit: metrics, samples, evaluations, weights, optimiser, random states."""
-    assert timeless(a) == timeless(b)
-    first, second = weights(a / step), weights(b / step)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    assert state_of(a / step) == state_of(b / step)
-
-
-def state_of(step: Path):
-    """trainer/state.pt with lists for tensors, so that == compares all of it."""
-    def plain(x):
-        if isinstance(x, torch.Tensor):
-            return x.tolist()
-        return {k: plain(v) for k, v in x.items()} if isinstance(x, dict) else x
-
-    return plain(torch.load(step / "trainer" / "state.pt", weights_only=True))
+from training.checkpoint import load_weights
+from training.config import FIELDS, stored_config
+from training.folder import append_line, checkpoints, cut_after
+from training.models import build_models, resolve_devices
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +52,8 @@ def test_a_run_folder_holds_all_of_the_run(finished):
 
 def test_config_json_names_every_field_and_gives_the_run_back(finished, world):
     stored = json.loads((finished / "config.json").read_text())
-    assert set(stored) == {f.name for config in (RunConfig, PPOConfig) for f in fields(config)}
-    assert train.stored_config({"out": str(finished)}) == train.build_config(settings(world, finished))
+    assert set(stored) == {f.name for f in FIELDS}
+    assert stored_config({"out": str(finished)}) == configured(world, finished)
 
 
 def test_metrics_have_one_line_a_step_with_finite_numbers(finished):
@@ -127,7 +72,7 @@ def test_metrics_have_one_line_a_step_with_finite_numbers(finished):
 
 
 def test_the_learning_rate_is_set_once_a_step_and_decays_to_the_last(finished, world):
-    _, config = train.build_config(settings(world, finished))
+    config = configured(world, finished).ppo
     expected = [ppo.learning_rate(step, STEPS, config) for step in range(1, STEPS + 1)]
     assert [m["learning_rate"] for m in records(finished / "metrics.jsonl")] == expected
     assert state_of(finished / "step-0003")["optimizer"]["param_groups"][0]["lr"] == expected[-1]
@@ -199,9 +144,9 @@ def test_a_policy_checkpoint_loads_in_peft_with_equal_logits(finished, world):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = transformers.LlamaForCausalLM.from_pretrained(world / "sft")
     theirs = peft.PeftModel.from_pretrained(base, finished / "step-0003" / "policy").eval()
-    run, _ = train.stored_config({"out": str(finished)})
-    models = train.build_models(run, load_tokenizer(world / "sft"), say=lambda line: None)
-    train.load_weights(run, models, finished / "step-0003")
+    run = stored_config({"out": str(finished)})
+    models = build_models(run, load_tokenizer(world / "sft"))
+    load_weights(run, models, finished / "step-0003")
     ids = torch.randint(3, 600, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = theirs(ids).logits
@@ -210,12 +155,12 @@ def test_a_policy_checkpoint_loads_in_peft_with_equal_logits(finished, world):
 
 
 def test_a_checkpoint_is_named_by_the_steps_it_has_seen(finished):
-    assert [state_of(step)["step"] for step in train.checkpoints(finished)] == [1, 2, 3]
+    assert [state_of(step)["step"] for step in checkpoints(finished)] == [1, 2, 3]
 
 
 def test_the_last_step_is_saved_though_save_every_does_not_meet_it(world, tmp_path):
     start(settings(world, tmp_path / "run", save_every=2, evaluation=None))
-    assert [p.name for p in train.checkpoints(tmp_path / "run")] == ["step-0002", "step-0003"]
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-0002", "step-0003"]
 
 
 def test_a_run_cut_off_after_a_step_resumes_bit_for_bit(copy, finished):
@@ -238,7 +183,7 @@ def test_a_run_that_could_not_save_keeps_the_last_checkpoint_and_resumes(world, 
     monkeypatch.setattr(torch, "save", fail_at_2)
     with pytest.raises(OSError, match="disk full"):
         start(settings(world, tmp_path / "run"))
-    assert [p.name for p in train.checkpoints(tmp_path / "run")] == ["step-0001"]
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-0001"]
     monkeypatch.undo()
     start({"out": str(tmp_path / "run")}, resume=True)
     assert_same_run(tmp_path / "run", finished)
@@ -251,8 +196,8 @@ def test_resuming_a_finished_run_changes_nothing(copy, finished):
 
 def test_resuming_reads_lines_whatever_a_response_holds(copy):
     """U+2028 ends a line for str.splitlines, and stands unescaped in the file."""
-    train.append_line(copy / "samples.jsonl", {"step": STEPS, "response": "a\u2028b\x85c"})
-    train.cut_after(copy / "samples.jsonl", STEPS)
+    append_line(copy / "samples.jsonl", {"step": STEPS, "response": "a\u2028b\x85c"})
+    cut_after(copy / "samples.jsonl", STEPS)
     assert records(copy / "samples.jsonl")[-1]["response"] == "a\u2028b\x85c"
 
 
@@ -294,10 +239,9 @@ def test_shared_frozen_weights_give_exactly_the_results_of_four_models(world, tm
     """Two names for one CPU make train.py build all four, as on two GPUs. They score each chunk as it is sampled: with one
     chunk, both read the same batches."""
     start(settings(world, tmp_path / "shared", rollout_micro_batch_size=8))
-    monkeypatch.setattr(train, "resolve_devices", lambda *asked: ("cpu", "cpu:0", "two devices"))
-    built, build_models = [], train.build_models
-    monkeypatch.setattr(train, "build_models", lambda *a, **k: built.append(build_models(*a, **k)) or built[-1])
-    start(settings(world, tmp_path / "four", rollout_micro_batch_size=8))
+    built = []
+    monkeypatch.setattr(train, "build_models", lambda *a: built.append(build_models(*a)) or built[-1])
+    start(settings(world, tmp_path / "four", rollout_micro_batch_size=8, reference_device="cpu:0"))
     [models] = built
     assert not models.shared and models.value.backbone is not models.reward_model.backbone
     assert_same_run(tmp_path / "four", tmp_path / "shared")
@@ -309,8 +253,7 @@ def test_recomputing_activations_changes_nothing(world, finished, tmp_path):
 
 
 def test_on_one_device_only_adapters_and_value_head_are_trained_and_frozen_weights_stand_once(world, tmp_path):
-    run, _ = train.build_config(settings(world, tmp_path))
-    models = train.build_models(run, load_tokenizer(world / "sft"), say=lambda line: None)
+    models = build_models(configured(world, tmp_path), load_tokenizer(world / "sft"))
     assert models.shared and models.value.backbone is models.reward_model.backbone
     layers, targets, hidden = 2, 4, 16
     trained = {name for m in (models.policy, models.value) for name, p in m.named_parameters() if p.requires_grad}
@@ -320,12 +263,11 @@ def test_on_one_device_only_adapters_and_value_head_are_trained_and_frozen_weigh
 
 
 def test_the_reward_model_and_the_reference_never_move(world, tmp_path, monkeypatch):
-    built, build_models = [], train.build_models
-    monkeypatch.setattr(train, "build_models", lambda *a, **k: built.append(build_models(*a, **k)) or built[-1])
+    built = []
+    monkeypatch.setattr(train, "build_models", lambda *a: built.append(build_models(*a)) or built[-1])
     start(settings(world, tmp_path / "run", steps=2, evaluation=None))
     [models] = built
-    run, _ = train.build_config(settings(world, tmp_path / "run"))
-    fresh = build_models(run, load_tokenizer(world / "sft"), say=lambda line: None)
+    fresh = build_models(configured(world, tmp_path / "run"), load_tokenizer(world / "sft"))
     ids = torch.randint(3, 600, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     with torch.no_grad():
@@ -386,10 +328,8 @@ def test_micro_batches_change_memory_not_the_result(world, finished, tmp_path):
 
 
 def test_the_self_check_stops_a_run_whose_reference_is_not_its_policy(world, tmp_path, monkeypatch):
-    build_models = train.build_models
-
-    def crooked(*a, **k):
-        models = build_models(*a, **k)
+    def crooked(*a):
+        models = build_models(*a)
         logits = models.reference_logits
         models.reference_logits = lambda *inputs: logits(*inputs) * 1.1
         return models
@@ -397,7 +337,7 @@ def test_the_self_check_stops_a_run_whose_reference_is_not_its_policy(world, tmp
     monkeypatch.setattr(train, "build_models", crooked)
     with pytest.raises(RuntimeError, match="self-check.*must be 0 within"):
         start(settings(world, tmp_path / "run", evaluation=None))
-    assert not train.checkpoints(tmp_path / "run")
+    assert not checkpoints(tmp_path / "run")
 
 
 # --- what a run starts from ------------------------------------------------------------------------------------------
@@ -417,8 +357,8 @@ def adapter(world, tmp_path_factory) -> Path:
 
 def test_a_policy_that_starts_from_an_adapter_keeps_it_in_its_reference(world, adapter, tmp_path, monkeypatch):
     """The classic silent error: with the bare base as reference, the KL would hold all that fine-tuning had learned."""
-    built, build_models = [], train.build_models
-    monkeypatch.setattr(train, "build_models", lambda *a, **k: built.append(build_models(*a, **k)) or built[-1])
+    built = []
+    monkeypatch.setattr(train, "build_models", lambda *a: built.append(build_models(*a)) or built[-1])
     printed = start(settings(world, tmp_path / "run", adapter=str(adapter), evaluation=None))
     assert f"policy: starts from the adapter {adapter} (rank 4, alpha 12, 4 layers); its reference keeps that adapter" in printed
     started = load_start(world, adapter)
@@ -440,12 +380,12 @@ def load_start(world, adapter) -> Llama:
 
 def test_a_started_policys_checkpoint_is_the_whole_way_from_the_base(world, adapter, tmp_path):
     """PEFT puts it on the base model that the adapter names: it must not lack what the policy started from."""
-    run = settings(world, tmp_path / "run", adapter=str(adapter), evaluation=None)
-    start(run)
+    start(settings(world, tmp_path / "run", adapter=str(adapter), evaluation=None))
+    run = configured(world, tmp_path / "run", adapter=str(adapter), evaluation=None)
     stored = json.loads((tmp_path / "run" / "step-0003" / "policy" / "adapter_config.json").read_text())
     assert (stored["r"], stored["lora_alpha"], stored["lora_dropout"]) == (4, 12, 0.1)
-    models = train.build_models(train.build_config(run)[0], load_tokenizer(world / "sft"), say=lambda line: None)
-    train.load_weights(train.build_config(run)[0], models, tmp_path / "run" / "step-0003")
+    models = build_models(run, load_tokenizer(world / "sft"))
+    load_weights(run, models, tmp_path / "run" / "step-0003")
     ids = torch.tensor([[1, 5, 9, 300]])
     peft = pytest.importorskip("peft")
     import transformers
@@ -456,14 +396,14 @@ def test_a_started_policys_checkpoint_is_the_whole_way_from_the_base(world, adap
         torch.testing.assert_close(theirs(ids).logits, models.policy_logits(ids, torch.ones_like(ids), 4), atol=1e-4, rtol=0)
 
 
-def test_a_started_run_is_the_same_after_a_resume_and_with_four_models(world, adapter, tmp_path, monkeypatch):
+def test_a_started_run_is_the_same_after_a_resume_and_with_four_models(world, adapter, tmp_path):
     start(settings(world, tmp_path / "two", adapter=str(adapter), evaluation=None, rollout_micro_batch_size=8))
     cut = Path(shutil.copytree(tmp_path / "two", tmp_path / "cut"))
     shutil.rmtree(cut / "step-0002"), shutil.rmtree(cut / "step-0003")
     start({"out": str(cut)}, resume=True)
     assert_same_run(cut, tmp_path / "two")
-    monkeypatch.setattr(train, "resolve_devices", lambda *asked: ("cpu", "cpu:0", "two devices"))
-    start(settings(world, tmp_path / "four", adapter=str(adapter), evaluation=None, rollout_micro_batch_size=8))
+    start(settings(world, tmp_path / "four", adapter=str(adapter), evaluation=None, rollout_micro_batch_size=8,
+                   reference_device="cpu:0"))
     assert_same_run(tmp_path / "four", tmp_path / "two")
 
 
@@ -494,8 +434,7 @@ def test_a_plain_python_function_is_a_reward(world, rule, tmp_path):
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_without_a_reward_model_the_value_model_starts_from_the_policys_weights(world, rule, tmp_path, tuning):
-    run, _ = train.build_config(settings(world, tmp_path, reward=rule, tuning=tuning))
-    models = train.build_models(run, load_tokenizer(world / "sft"), say=lambda line: None)
+    models = build_models(configured(world, tmp_path, reward=rule, tuning=tuning), load_tokenizer(world / "sft"))
     ours, theirs = (m.model.layers[0].mlp.up_proj.weight for m in (models.value.backbone, models.policy))
     assert torch.equal(ours, theirs) and (ours.data_ptr() == theirs.data_ptr()) == (tuning == "lora")
     if tuning == "lora":
@@ -525,17 +464,12 @@ def test_a_reward_model_with_another_tokenizer_judges_the_text_and_lends_the_val
 def test_the_default_placement_falls_to_what_there_is_and_says_so(monkeypatch, count, asked, expected, note):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    policy, reference, line = train.resolve_devices(*asked)
+    policy, reference, line = resolve_devices(*asked)
     assert (policy, reference) == expected
     assert line == f"placement: policy, value → {policy}; reference, reward → {reference} {note}".rstrip()
 
 
 # --- command line --------------------------------------------------------------------------------------------------
-
-
-def to_flags(given: dict) -> list[str]:
-    return [part for name, value in given.items() if value is not None
-            for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def call(monkeypatch, capsys, flags: list[str]) -> tuple[int, str]:
@@ -559,7 +493,7 @@ def test_help_names_every_field_with_its_default_and_unit():
                           env=os.environ | {"COLUMNS": "400"})  # so wide that no line is broken inside a word
     text = " ".join(done.stdout.split())
     assert done.returncode == 0 and "--resume" in text
-    for f in (f for config in (RunConfig, PPOConfig) for f in fields(config)):
+    for f in FIELDS:
         assert f"--{f.name.replace('_', '-')}" in text, f.name
         assert " ".join(f.metadata["help"].split()) in text and f"(default {f.default}" in text, f.name
 

@@ -12,10 +12,10 @@ order of showing, random in AlpacaFarm, changes no preference here.
 
 import random
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from tiny.knowledge import Claim, Entity, entities, read_claims, say, split_sentences, values
-from tiny.tasks import choose_facts
+from tiny.tasks import Task, choose_facts
 
 LABEL_NOISE = 0.25  # AlpacaFarm's share of flipped labels in training preferences
 TIE = 0.02          # utilities closer than this are a tie
@@ -153,6 +153,11 @@ def judge(tasks: list[dict], candidates: list[str], references: list[str], seed:
     """The evaluation's preferences, reference as output 1 and candidate as output 2, one annotator a pair."""
     return [prefer(annotator_for(task, seed), task, reference, candidate)
             for task, candidate, reference in zip(tasks, candidates, references, strict=True)]
+
+
+def with_blanks(task: dict) -> dict:
+    """A record of a data file, which leaves empty fields out, with all the fields that the judges look at."""
+    return asdict(Task(family="", instruction="")) | task
 
 
 def facts_in(task: dict, response: str) -> tuple[int, int, int]:

@@ -17,11 +17,11 @@ Weights are stored in bf16 and every stage starts from the stored, rounded weigh
 import argparse
 import itertools
 import json
-import os
 import random
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,10 +30,13 @@ import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 
 import reward as reward_module  # noqa: E402
-from data import TEMPLATES, encode_pair, format_prompt, load_tokenizer  # noqa: E402
-from evaluate import mean_and_error, measure_facts, sample_responses, win_rate  # noqa: E402
+from data import TEMPLATES, encode_pair, format_prompt  # noqa: E402
+from evaluation.measure import measure_facts, sample_responses  # noqa: E402
+from evaluation.statistics import mean_and_error, win_rate  # noqa: E402
+from formats.tokenizer import load_tokenizer  # noqa: E402
+from formats.write import write_json  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
-from reward import Group, RewardModel  # noqa: E402
+from reward import Group, RewardModel, TrainingConfig  # noqa: E402
 from sft import train_sft  # noqa: E402
 from tiny.annotators import (  # noqa: E402
     POOL,
@@ -45,7 +48,7 @@ from tiny.annotators import (  # noqa: E402
     read,
 )
 from tiny.tasks import make_corpus, make_splits  # noqa: E402
-from train import TINY_PRESET  # noqa: E402
+from training.config import TINY_PRESET  # noqa: E402
 
 TEMPERATURE, RESPONSE_LENGTH = TINY_PRESET["temperature"], TINY_PRESET["response_length"]  # as in PPO's rollouts
 VOCABULARY = 2560      # pieces
@@ -54,17 +57,9 @@ COMMITTED = ("ppo", "validation", "evaluation", "about")  # splits that a later 
 CONFIG = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, tie_word_embeddings=True,
               max_position_embeddings=512, rms_norm_eps=1e-5, initializer_range=0.05)
 CORPUS = 120_000       # pretraining texts, each read once
-PRETRAIN = dict(epochs=1, batch_size=32, learning_rate=4e-3, warmup=0.05)
-SFT = dict(epochs=2, batch_size=32, learning_rate=1e-3)
-REWARD = dict(epochs=1, batch_size=16, learning_rate=1e-3, warmup=0.05)
-
-
-def write_json(file: Path, content, indent: int | None = None) -> None:
-    """Written beside and renamed, so that an interrupted build leaves the last good file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
+PRETRAIN = TrainingConfig(epochs=1, batch_size=32, learning_rate=4e-3, warmup=0.05)
+SFT = TrainingConfig(epochs=2, batch_size=32, learning_rate=1e-3)
+REWARD = TrainingConfig(epochs=1, batch_size=16, learning_rate=1e-3, warmup=0.05)
 
 
 def public(task: dict) -> dict:
@@ -105,10 +100,10 @@ def build_sft(tokenizer, splits: dict, out: Path, seed: int) -> list[dict]:
     print(f"SFT: {sum(p.numel() for p in model.parameters()):,} parameters")
     texts = make_corpus(CORPUS, seed, splits)
     documents = [([tokenizer.bos_token_id], tokenizer.encode(text, bos=True, eos=True)[1:]) for text in texts]
-    train_sft(model, documents, pad_token_id=tokenizer.pad_token_id, seed=seed, desc="pretraining", **PRETRAIN)
+    train_sft(model, documents, replace(PRETRAIN, seed=seed), pad_token_id=tokenizer.pad_token_id, desc="pretraining")
     pairs = [encode_pair(task, task["output"], tokenizer, "tiny") for task in splits["sft"]]
     validation = [encode_pair(task, task["output"], tokenizer, "tiny") for task in splits["validation"][:500]]
-    history = train_sft(model, pairs, validation=validation, pad_token_id=tokenizer.pad_token_id, seed=seed, **SFT)
+    history = train_sft(model, pairs, replace(SFT, seed=seed), validation=validation, pad_token_id=tokenizer.pad_token_id)
     model.to(torch.bfloat16).save_pretrained(out)
     return history
 
@@ -121,8 +116,8 @@ def sample_texts(model: Llama, tokenizer, tasks: list[dict], seed: int, desc: st
                  temperature: float = TEMPERATURE) -> list[list[int]]:
     """One response (token ids) to each task."""
     prompts = [tokenizer.encode(format_prompt(task, "tiny"), bos=True) for task in tasks]
-    return sample_responses(model, prompts, max_new_tokens=RESPONSE_LENGTH, temperature=temperature, seed=seed, desc=desc,
-                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, batch_size=512)
+    return sample_responses(model, tokenizer, prompts, max_new_tokens=RESPONSE_LENGTH, temperature=temperature, seed=seed,
+                            desc=desc, batch_size=512)
 
 
 # Preferences ----------------------------------------------------------------------------------------------------------
@@ -175,8 +170,8 @@ def build_reward(tokenizer, groups: list[Group], held_out: list[Group], sft: Pat
     """Stage 2: the reward model from the SFT weights, standardised on SFT samples, stored in bf16."""
     torch.manual_seed(seed)
     model = RewardModel(load_sft(sft))
-    history = reward_module.train_reward(model, groups, held_out=held_out, pad_token_id=tokenizer.pad_token_id, seed=seed,
-                                         **REWARD)
+    history = reward_module.train_reward(model, groups, replace(REWARD, seed=seed), held_out=held_out,
+                                         pad_token_id=tokenizer.pad_token_id)
     samples = [ids for group in held_out for ids in group.sequences[:2]]
     model.save_pretrained(out, dtype=torch.bfloat16)
     stored = RewardModel.from_pretrained(out, dtype=torch.float32)
@@ -252,8 +247,9 @@ def build(out: Path, seed: int) -> dict:
     splits = make_splits(seed)
     for name in ("validation", "evaluation", "about"):
         splits[name] = add_references(splits[name], seed)
+    (out / "data").mkdir(parents=True, exist_ok=True), (out / "build").mkdir(parents=True, exist_ok=True)
     for name in COMMITTED:
-        write_json(out / "data" / f"{name}.json", [public(task) for task in splits[name]])
+        write_json(out / "data" / f"{name}.json", [public(task) for task in splits[name]], indent=None)
     build_tokenizer(splits["sft"], out / "sft" / "tokenizer.model")
     tokenizer = load_tokenizer(out / "sft")
     report = {"seed": seed, "sft_training": build_sft(tokenizer, splits, out / "sft", seed)}
@@ -265,7 +261,7 @@ def build(out: Path, seed: int) -> dict:
     held_tasks = splits["validation"]
     held_samples = candidates(sft, tokenizer, held_tasks, [TEMPERATURE] * 4, seed + 200)
     groups = make_groups(tokenizer, splits["preference"], samples, seed, noise=True)
-    write_json(out / "build" / "preference.json", preference_file(tokenizer, splits["preference"], groups))
+    write_json(out / "build" / "preference.json", preference_file(tokenizer, splits["preference"], groups), indent=None)
     held_out = make_groups(tokenizer, held_tasks, held_samples, seed, noise=False)
     history = build_reward(tokenizer, groups, held_out, out / "sft", out / "reward", seed)
     for epoch in history:
@@ -275,7 +271,7 @@ def build(out: Path, seed: int) -> dict:
     print(json.dumps(report["reward"], indent=1))
     report["seconds"] = round(time.time() - start)
     (out / "reward" / "tokenizer.model").write_bytes((out / "sft" / "tokenizer.model").read_bytes())
-    write_json(out / "report.json", report, indent=2)
+    write_json(out / "report.json", report)
     return report
 
 

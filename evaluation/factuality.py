@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""Factual precision of long answers: which of the facts that a text states are true (FActScore; Min et al. 2023).
+
+The paper's Table 2 asks for 183 people "Tell me a bio of X", breaks each answer into atomic facts and checks each against
+the person's Wikipedia article. Here an LLM does both, through any function that answers prompts:
+
+    ask_all = lambda prompts, desc: endpoint.ask_all(prompts, file=Path("facts.jsonl"), desc=desc)   # judges.py
+    counts = count_facts(topics, texts, load_passages("passages.jsonl"), ask_all)
+    figures = fact_figures(counts)
+
+Where the truth is a table, as in the miniature world, the counts come from there and the figures are the same.
+
+Departs from FActScore: facts are asked of a whole answer instead of sentence by sentence, passages are picked by rare shared
+words instead of by a retrieval model, and an answer is an abstention where a phrase of refusal opens it or it states nothing.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+QUESTION = "Tell me a bio of {topic}."
+
+AskAll = Callable[[Sequence[str], str], list[str]]  # (prompts, what they are, for a progress bar) → answers
+
+
+class FactCount(NamedTuple):
+    """What one answer states."""
+
+    true: int
+    stated: int
+    abstained: bool = False  # the answer refuses or states nothing
+    unread: int = 0          # facts whose check could not be read, not among the stated; 1 where their list could not be
+
+
+def fact_figures(counts: Sequence[FactCount]) -> dict[str, float]:
+    """Table 2's figures, in %, and facts an answer.
+
+    fact_precision weighs every fact alike: Σ true / Σ stated. factscore weighs every answer alike: the mean of true / stated
+    over answers that don't abstain, FActScore's definition. Standard errors count answers, whose facts stand or fall
+    together. Both are absent where no answer states a fact.
+    """
+    answered = [c for c in counts if c.stated]
+    result = {"facts": sum(c.stated for c in counts) / max(1, len(counts)), "abstained": sum(c.abstained for c in counts),
+              "unread": sum(c.unread for c in counts)}
+    if not answered:
+        return result
+    stated = sum(c.stated for c in answered)
+    precision = sum(c.true for c in answered) / stated
+    n, shares = len(answered), [c.true / c.stated for c in answered]
+    score, unbiased = sum(shares) / n, max(1, n - 1)
+    residual = sum((c.true - precision * c.stated) ** 2 for c in answered)
+    return result | {
+        "fact_precision": 100 * precision, "fact_precision_se": 100 * math.sqrt(residual * n / unbiased) / stated,
+        "factscore": 100 * score, "factscore_se": 100 * math.sqrt(sum((s - score) ** 2 for s in shares) / unbiased / n)}
+
+
+# -------------------------------------------------------------------------------------------------------- asking an LLM
+
+FACTS_PROMPT = """\
+Break the text below into atomic facts: short sentences that state one thing each and can be understood on their own, with \
+names in place of pronouns. Take in every claim of the text, true or not, and nothing else. Write one fact a line, each line \
+beginning with "- ". If the text states no facts, write "none".
+
+[{mark} text]
+{text}
+[{mark} end]"""
+
+SUPPORT_PROMPT = """\
+Decide whether the statement about {topic} is supported by the passages. Use nothing but the passages.
+
+[{mark} passages]
+{passages}
+[{mark} statement]
+{fact}
+[{mark} end]
+
+Answer with one word, "True" or "False"."""
+
+REFUSAL = re.compile(r"\b(?:I(?:'m| am)? (?:sorry|apologi[sz]e|unable|not (?:sure|able|aware|familiar)|cannot|can't|couldn't|"
+                     r"could not|do not|don't|have no)|as an AI|no information|not enough information)\b", re.IGNORECASE)
+BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+(.+?)\s*$", re.MULTILINE)
+
+
+def abstains(text: str) -> bool:
+    """Whether an answer refuses in its first 100 characters, or is empty."""
+    return not text.strip() or REFUSAL.search(text[:100]) is not None
+
+
+def count_facts(topics: Sequence[str], texts: Sequence[str], passages: dict[str, list[str]], ask_all: AskAll) -> list[FactCount]:
+    """Facts and true facts of each text about its topic. passages: as load_passages gives them.
+
+    Raises ValueError for a topic without passages.
+    """
+    for topic in topics:
+        if topic not in passages:
+            raise ValueError(f"--passages: none is titled {topic!r}; each topic needs one to be checked against")
+    speaking = [i for i, text in enumerate(texts) if not abstains(text)]
+    lists = ask_all([filled(FACTS_PROMPT, text=texts[i]) for i in speaking], "facts stated")
+    listed = {i: read_facts(answer) for i, answer in zip(speaking, lists, strict=True)}
+    facts = [(i, fact) for i, stated in listed.items() for fact in stated or []]
+    prompts = [filled(SUPPORT_PROMPT, topic=topics[i], fact=fact, passages="\n\n".join(pick(passages[topics[i]], fact)))
+               for i, fact in facts]
+    checked = [read_truth(answer) for answer in ask_all(prompts, "facts checked")]
+    truths: list[list[bool | None]] = [[None] if listed.get(i, ()) is None else [] for i in range(len(texts))]
+    for (i, _), truth in zip(facts, checked, strict=True):
+        truths[i].append(truth)
+    return [FactCount(true=t.count(True), stated=len(t) - t.count(None), abstained=not t, unread=t.count(None)) for t in truths]
+
+
+def filled(prompt: str, **texts: str) -> str:
+    """The prompt with its slots filled at once, and a mark that the texts don't hold."""
+    texts["mark"] = next(mark for n in range(10**6) if (mark := f"#{n}") and not any(mark in text for text in texts.values()))
+    return re.sub(r"\{(\w+)\}", lambda slot: texts[slot[1]], prompt)
+
+
+def read_facts(answer: str) -> list[str] | None:
+    """The facts of a list, each once; none for the answer "none", None for one that is neither."""
+    facts = list(dict.fromkeys(BULLET.findall(answer)))
+    return facts if facts or re.search(r"\bnone\b", answer, re.IGNORECASE) else None
+
+
+def read_truth(answer: str) -> bool | None:
+    """True or False, if the answer says one of them and not both."""
+    words = {word.lower() for word in re.findall(r"\b(true|false)\b", answer, re.IGNORECASE)}
+    return words == {"true"} if len(words) == 1 else None
+
+
+# ------------------------------------------------------------------------------------------------------------- passages
+
+
+def load_topics(file: str | Path) -> list[str]:
+    """One topic a line, as FActScore's lists of people."""
+    topics = [line.strip() for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
+    if not topics:
+        raise ValueError(f"--topics {file}: is empty; it must hold one topic a line")
+    return topics
+
+
+def load_passages(file: str | Path, words: int = 150) -> dict[str, list[str]]:
+    """Passages of about `words` words by title, from JSON lines {"title", "text"}; a title may come more than once."""
+    passages: dict[str, list[str]] = {}
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            title, text = record["title"], record["text"].split()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f'--passages {file}: line {number}: must be {{"title": "...", "text": "..."}}') from None
+        passages.setdefault(title, []).extend(" ".join(text[i:i + words]) for i in range(0, len(text), words))
+    return passages
+
+
+def pick(passages: Sequence[str], fact: str, k: int = 5) -> list[str]:
+    """The k passages that share most with the fact, in their order; words that few passages have weigh more."""
+    if len(passages) <= k:
+        return list(passages)
+    bags = [set(re.findall(r"\w+", passage.lower())) for passage in passages]
+    spread = Counter(word for bag in bags for word in bag)
+    wanted = set(re.findall(r"\w+", fact.lower()))
+    scores = [sum(math.log(len(bags) / spread[word]) for word in wanted & bag) for bag in bags]
+    best = sorted(range(len(passages)), key=lambda i: -scores[i])[:k]
+    return [passages[i] for i in sorted(best)]

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: MIT
+"""What a policy's answers show: true KL, reward, length, facts; in the miniature world also who wins.
+
+    benchmark = load_benchmark("evaluation.json", tokenizer, "alpaca", 192)
+    result = evaluate_policy(models, run, benchmark, "step 25")
+
+True KL (section 4, Figure 2) is the divergence of the full distributions over the vocabulary, per token, on 28K tokens of the
+policy's own answers, not an estimate from the sampled tokens. Departs from the paper, which decodes greedily (its released code
+sets a temperature but does not sample): we sample at the temperature that the policy was trained with, since that distribution
+is what PPO improves.
+
+Shapes: B batch, P prompt (left-padded), T response (right-padded), V vocabulary, N tokens of all responses.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import left_pad, load_instructions, right_pad, tokenize_prompts
+from divergences import true_kl
+from evaluation.factuality import FactCount, fact_figures
+from evaluation.statistics import mean_and_error, ratio_and_error, win_rate
+from model import generate
+from ppo import Actors
+from training.config import RunConfig
+from training.models import Models, folded
+
+
+@dataclass
+class Benchmark:
+    """Evaluation instructions with their prompts as token ids; the miniature world's also bring judges."""
+
+    tasks: list[dict]                                            # records with instruction, input, output
+    prompts: list[list[int]]
+    about: list[dict] = field(default_factory=list)              # the miniature world's "Tell me about X", whose truth is known
+    about_prompts: list[list[int]] = field(default_factory=list)  # what is asked about facts, here or of --topics
+    topics: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Answers:
+    """A policy's responses to a benchmark, as token ids through EOS."""
+
+    responses: list[list[int]]     # to the prompts
+    about: list[list[int]]         # to the about_prompts
+    more_prompts: list[list[int]]  # asked again, where the responses have too few tokens for the true KL
+    more: list[list[int]]
+
+
+def load_benchmark(path: str | Path, tokenizer: Any, template: str, max_tokens: int) -> Benchmark:
+    """Evaluation instructions from a data file; longer prompts are left out. The miniature world's are known by their field
+    "family" and the file about.json beside them."""
+    prompts = tokenize_prompts(load_instructions(path), tokenizer, template, max_tokens)
+    about_file = Path(path).with_name("about.json")
+    miniature = all("family" in task for task in prompts.examples) and about_file.is_file()
+    if not miniature:
+        return Benchmark(prompts.examples, prompts.ids)
+    from tiny.annotators import with_blanks
+
+    about = tokenize_prompts(load_instructions(about_file), tokenizer, template, max_tokens)
+    return Benchmark([with_blanks(task) for task in prompts.examples], prompts.ids,
+                     [with_blanks(task) for task in about.examples], about.ids)
+
+
+def evaluate_now(models: Models, run: RunConfig, benchmark: Benchmark, label: str) -> dict[str, Any]:
+    """evaluate_policy during training: the true KL on the responses to the benchmark alone, and in the miniature world, whose
+    annotators cost nothing, who wins."""
+    result = evaluate_policy(models, run, benchmark, label)
+    if benchmark.about:
+        result |= judged(miniature_judge(benchmark.tasks, result["responses"]))
+    return result
+
+
+def evaluate_policy(models: Models, run: RunConfig, benchmark: Benchmark, label: str, kl_tokens: int = 0,
+                    estimators: dict[str, Callable] | None = None) -> dict[str, Any]:
+    """Figures and responses of the policy as it is; who wins is a judge's business.
+
+    kl_tokens: on so many the true KL is measured; 0 means on the responses to the benchmark alone. estimators: whose quality is
+    measured beside it. label: for the progress bars.
+    """
+    with folded(models.policy):
+        answers = answer(models.policy, models.tokenizer, benchmark, max_new_tokens=run.ppo.response_length,
+                         temperature=run.ppo.temperature, seed=run.seed, label=label, kl_tokens=kl_tokens)
+    return measure(models, run, benchmark, answers, estimators, kl_tokens or 28_000)
+
+
+def judged(preferences: Sequence[float | None]) -> dict[str, Any]:
+    """The figures that follow from a judge's preferences, one for each instruction."""
+    result: dict[str, Any] = {"preferences": list(preferences), "judged": sum(p is not None for p in preferences)}
+    if result["judged"]:
+        result["win_rate"], result["win_rate_se"] = win_rate(preferences)
+    return result
+
+
+def measure(models: Models, run: RunConfig, benchmark: Benchmark, answers: Answers,
+            estimators: dict[str, Callable] | None = None, kl_tokens: int = 28_000) -> dict[str, Any]:
+    """The figures of one policy, from what it answered, with the responses as text."""
+    tokenizer, prompts, responses = models.tokenizer, benchmark.prompts, answers.responses
+    lengths, values = token_divergences(models.actors(run.ppo), prompts + answers.more_prompts, responses + answers.more,
+                                        run.ppo.temperature, estimators, kl_tokens)
+    kl, kl_se = per_token(lengths, values["true_kl"])
+    tokens, tokens_se = mean_and_error([len(r) for r in responses])
+    finished = [100.0 * (tokenizer.eos_token_id in r) for r in responses]
+    result = {"n": len(benchmark.tasks), "true_kl": kl, "true_kl_se": kl_se, "kl_tokens": sum(lengths), "tokens": tokens,
+              "tokens_se": tokens_se, "finished": mean_and_error(finished)[0]}
+    if estimators:
+        result["estimators"] = estimator_quality(lengths, values)
+    if models.score is not None:
+        scores = measure_reward(models.reward, prompts, responses, pad_token_id=tokenizer.pad_token_id,
+                                device=models.reference_device)
+        result["reward"], result["reward_se"] = mean_and_error(scores)
+    about = [tokenizer.decode(r) for r in answers.about]
+    if about:
+        result["about_tokens"], result["about_tokens_se"] = mean_and_error([len(r) for r in answers.about])
+    if benchmark.about:
+        result |= measure_facts(benchmark.about, about)
+    elif about:
+        result["about"] = about
+    return result | {"responses": [tokenizer.decode(r) for r in responses]}
+
+
+def answer(policy: Any, tokenizer: Any, benchmark: Benchmark, *, max_new_tokens: int, temperature: float, seed: int = 0,
+           label: str = "policy", kl_tokens: int = 0) -> Answers:
+    """The policy's responses; kl_tokens: so many tokens are needed for the true KL, and sampled where they are fewer."""
+    def sample(prompts: Sequence[Sequence[int]], what: str, seed: int) -> list[list[int]]:
+        return sample_responses(policy, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+                                desc=f"{label}: {what}")
+
+    prompts = benchmark.prompts
+    responses, about = sample(prompts, "answers", seed), sample(benchmark.about_prompts, "facts", seed)
+    more_prompts, more, have = [], [], sum(map(len, responses))
+    order = random.Random(seed).sample(range(len(prompts)), len(prompts))
+    while have < kl_tokens:
+        short = math.ceil((kl_tokens - have) * len(prompts) / sum(map(len, responses)))
+        asked = [prompts[order[i % len(order)]] for i in range(short)]
+        new = sample(asked, "for KL", seed + 1 + len(more))
+        more_prompts, more, have = more_prompts + asked, more + new, have + sum(map(len, new))
+    return Answers(responses, about, more_prompts, more)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+CACHE_BYTES = 4 * 2**30
+
+
+def cache_bytes(policy, length: int) -> int:
+    """Keys and values of one row of `length` tokens."""
+    config, size = policy.config, policy.lm_head.weight.element_size()
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * size
+
+
+def sample_responses(policy: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+                     temperature: float, seed: int = 0, batch_size: int | None = None, desc: str = "sampling"
+                     ) -> list[list[int]]:
+    """One response to each prompt: token ids through EOS, if there is one. Reproducible from the seed.
+
+    batch_size None: 256 at once, or as many as have room for their keys and values in CACHE_BYTES.
+    """
+    eos_token_id, pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    device = next(policy.parameters()).device
+    if batch_size is None:
+        a_row = cache_bytes(policy, max(map(len, prompts), default=0) + max_new_tokens)
+        batch_size = min(256, max(1, CACHE_BYTES // a_row))
+    generator = torch.Generator(device).manual_seed(seed)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    responses: list[list[int]] = [[] for _ in prompts]
+    with tqdm(total=len(prompts), desc=desc, unit="response", leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start:start + batch_size]
+            ids, mask = left_pad([prompts[i] for i in rows], pad_token_id)
+            sampled = generate(policy, ids.to(device), mask.to(device), max_new_tokens, temperature=temperature,
+                               eos_token_id=eos_token_id, pad_token_id=pad_token_id, generator=generator)
+            for i, tokens in zip(rows, sampled.tolist(), strict=True):
+                responses[i] = tokens[:tokens.index(eos_token_id) + 1] if eos_token_id in tokens else tokens
+            bar.update(len(rows))
+    return responses
+
+
+# -------------------------------------------------------------------------------------------- true KL and its estimates
+
+
+def measure_true_kl(actors: Actors, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float
+                    ) -> tuple[float, float]:
+    """(true KL(π‖π_ref) per token in nats, standard error) on the policy's own responses."""
+    lengths, values = token_divergences(actors, prompts, responses, temperature)
+    return per_token(lengths, values["true_kl"])
+
+
+@torch.no_grad()
+def token_divergences(actors: Actors, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float,
+                      estimators: dict[str, Callable] | None = None, max_tokens: int = 28_000, batch_size: int = 16
+                      ) -> tuple[list[int], dict[str, Tensor]]:
+    """(tokens of each response, values at each token): values["true_kl"] is the KL over the whole vocabulary there and
+    values[name] what that estimator of divergences.py says from the one sampled token; each (N,), nats, on the CPU.
+
+    Policy and reference read each on their device. Responses are taken in order until max_tokens (the paper's 28K) are reached.
+    """
+    first, second = actors.policy_device, actors.reference_device
+    lengths: list[int] = []
+    collected: dict[str, list[Tensor]] = {name: [] for name in ("true_kl", *(estimators or {}))}
+    with tqdm(total=min(max_tokens, sum(map(len, responses))), desc="true KL", unit="token", leave=False) as bar:
+        for start in range(0, len(prompts), batch_size):
+            if sum(lengths) >= max_tokens:
+                break
+            rows = slice(start, start + batch_size)
+            sequence, attention, T = join(prompts[rows], responses[rows], actors.pad_token_id)
+            real, tokens = attention[:, -T:].bool(), sequence[:, -T:]
+            sequence, attention = sequence[:, :-1], attention[:, :-1]  # the last token decides nothing
+            values = divergences_of_batch(actors.policy(sequence.to(first), attention.to(first), T),
+                                          actors.reference(sequence.to(second), attention.to(second), T),
+                                          tokens, temperature, estimators or {})
+            for name, value in values.items():
+                collected[name].append(value.view(real.shape)[real])
+            lengths += real.sum(1).tolist()
+            bar.update(int(real.sum()))
+    return lengths, {name: torch.cat(parts) for name, parts in collected.items()}
+
+
+def divergences_of_batch(logits: Tensor, ref_logits: Tensor, tokens: Tensor, temperature: float,
+                         estimators: dict[str, Callable]) -> dict[str, Tensor]:
+    """(B, T, V) twice and tokens (B, T) → the true KL and each estimator at every position, (B · T,) on the CPU."""
+    chunks: dict[str, list[Tensor]] = {name: [] for name in ("true_kl", *estimators)}
+    chunk = max(1, 2**20 // logits.shape[-1])  # never the whole of the largest tensors there are in float32
+    for p, q, token in zip(logits.flatten(0, 1).split(chunk), ref_logits.flatten(0, 1).split(chunk),
+                           tokens.flatten().split(chunk), strict=True):
+        p, q = p.float() / temperature, q.to(logits.device).float() / temperature
+        chunks["true_kl"].append(true_kl(p, q).cpu())
+        if estimators:
+            index = token.to(p.device)[:, None]
+            sampled, ref_sampled = (x.log_softmax(-1).gather(1, index)[:, 0].cpu() for x in (p, q))
+            for name, estimator in estimators.items():
+                chunks[name].append(estimator(sampled, ref_sampled))
+    return {name: torch.cat(parts) for name, parts in chunks.items()}
+
+
+def per_token(lengths: Sequence[int], values: Tensor) -> tuple[float, float]:
+    """(mean over tokens, standard error that counts responses) of values (N,) in the order of the responses."""
+    return ratio_and_error([part.sum().item() for part in values.double().split(list(lengths))], lengths)
+
+
+def estimator_quality(lengths: Sequence[int], values: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """How well each estimator guesses the true KL on the same tokens, the paper's open question (section 4).
+
+    mean, bias (mean − true KL) and their standard errors; deviation: of estimate − true KL at single tokens, the noise that
+    one token's penalty brings into the reward. All in nats.
+    """
+    quality = {}
+    for name, estimates in values.items():
+        if name != "true_kl":
+            error = (estimates - values["true_kl"]).double()
+            mean, bias = per_token(lengths, estimates), per_token(lengths, error)
+            quality[name] = {"mean": mean[0], "mean_se": mean[1], "bias": bias[0], "bias_se": bias[1],
+                             "deviation": error.std().item()}
+    return quality
+
+
+# ---------------------------------------------------------------------------------------------------- rewards and facts
+
+
+@torch.no_grad()
+def measure_reward(reward: Callable, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *,
+                   pad_token_id: int, device, batch_size: int = 128) -> list[float]:
+    """The reward model's score of each response."""
+    scores: list[float] = []
+    for start in tqdm(range(0, len(prompts), batch_size), desc="reward", unit="batch", leave=False):
+        rows = slice(start, start + batch_size)
+        ids, mask, n = join(prompts[rows], responses[rows], pad_token_id)
+        scores += reward(ids.to(device), mask.to(device), n).tolist()
+    return scores
+
+
+def join(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor, int]:
+    """(input_ids, attention_mask, T): prompts padded on the left, then T positions of responses padded on the right."""
+    ids, mask = left_pad(prompts, pad_token_id)
+    tokens, real = right_pad(responses, pad_token_id)
+    return torch.cat([ids, tokens], 1), torch.cat([mask, real], 1), tokens.shape[1]
+
+
+def measure_facts(tasks: Sequence[dict], texts: Sequence[str]) -> dict[str, float]:
+    """FActScore's figures (Table 2) with a known truth, and repeated facts an answer."""
+    from tiny.annotators import facts_in
+
+    counted = [facts_in(task, text) for task, text in zip(tasks, texts, strict=True)]
+    figures = fact_figures([FactCount(true, stated, abstained=not stated) for true, stated, _ in counted])
+    return figures | {"repeats": sum(again for _, _, again in counted) / len(counted)}
+
+
+def miniature_judge(tasks: Sequence[dict], texts: Sequence[str]) -> list[float]:
+    """The preferences of the miniature world's annotators between the texts and the reference outputs."""
+    from tiny.annotators import judge
+
+    return judge(tasks, texts, [task["output"] for task in tasks])

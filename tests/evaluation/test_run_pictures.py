@@ -1,0 +1,107 @@
+"""What a run shows of itself: readable tables, answers before and after, a picture that never destroys the last one."""
+
+import json
+import sys
+
+import pytest
+
+from evaluation import figures
+from evaluation.figures import draw_curves
+from evaluation.statistics import win_rate
+from evaluation.tables import before_after, format_table, quality_table
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_column_a_policy_and_leaves_out_what_nobody_measured():
+    sft = {"win_rate": 37.04, "win_rate_se": 1.66, "tokens": 20}
+    table = format_table({"SFT": sft, "step-0020": {"tokens": 31.25}})
+    header, _, *rows = table.split("\n")
+    assert header.split() == ["SFT", "step-0020"]
+    assert [row.split() for row in rows] == [["win", "rate,", "%", "37.0", "±", "1.7"], ["tokens", "20.0", "31.2"]]
+    assert len({len(row) for row in (header, rows[1])}) == 1
+
+
+def evaluation(step: int, preferences: list[float]) -> dict:
+    rate, error = win_rate(preferences)
+    return {"step": step, "n": len(preferences), "win_rate": rate, "win_rate_se": error, "preferences": preferences,
+            "responses": [f"answer {i} at {step}" for i in range(len(preferences))]}
+
+
+def test_before_and_after_show_the_paired_difference_and_answers_side_by_side():
+    tasks = [{"instruction": f"Question {i}?", "input": "copper" if i == 2 else ""} for i in range(4)]
+    text = before_after(evaluation(0, [1, 1, 2, 1]), evaluation(40, [1, 2, 2, 2]), tasks, pairs=2)
+    assert "before" in text and "step 40" in text
+    assert "win rate after − before: +50.0 ± 28.9 points (paired over 4, 1.7 standard errors)" in text
+    assert text.count("Question") == 2
+    assert "  Question 2? [copper]\n    before: answer 2 at 0\n    after:  answer 2 at 40" in text
+
+
+def test_answers_that_did_not_change_are_not_shown_as_before_and_after():
+    before, after = evaluation(0, [1, 1, 2]), evaluation(40, [1, 1, 2])
+    after["responses"][:2] = before["responses"][:2]
+    text = before_after(before, after, [{"instruction": f"Question {i}?"} for i in range(3)])
+    assert "1 of the 1 answers that changed, of 3 in all" in text
+    assert text.count("Question") == 1 and "Question 2?" in text
+
+
+def test_before_and_after_without_judges_shows_no_win_rate():
+    before, after = ({"step": step, "n": 1, "tokens": 3.0, "responses": ["x"]} for step in (0, 5))
+    assert "win rate" not in before_after(before, after, [{"instruction": "Say x."}])
+
+
+def test_the_quality_of_the_estimates_is_shown_beside_the_true_kl():
+    result = {"true_kl": 0.08, "true_kl_se": 0.002, "kl_tokens": 28_010, "estimators": {
+        "kl": {"mean": 0.084, "mean_se": 0.01, "bias": 0.004, "bias_se": 0.01, "deviation": 0.8}}}
+    first, _, row = quality_table(result).split("\n")
+    assert "0.0800 ± 0.0020 nats per token over 28,010 tokens" in first
+    assert row.split() == ["kl", "0.0840", "±", "0.0100", "0.0040", "±", "0.0100", "0.05", "10.00"]
+
+
+# --- curves --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    keys = [key for _, lines in figures.PANELS for key, _ in lines]
+    metrics = [{"step": step} | {key: 0.1 * step for key in keys} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    evaluations = [evaluation(step, [1, 2, 2]) for step in (0, 3)]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evaluations))
+    return tmp_path
+
+
+def test_the_curves_are_a_readable_picture(run_folder):
+    image = pytest.importorskip("matplotlib.image")
+    file = draw_curves(run_folder)
+    assert file == run_folder / "curves.png"
+    pixels = image.imread(file)
+    assert pixels.shape[0] > 500 and pixels.shape[1] > 1000 and pixels.std() > 0.01
+    assert {p.name for p in run_folder.iterdir()} == {"metrics.jsonl", "evaluations.jsonl", "curves.png"}
+
+
+def test_curves_without_evaluations_or_without_judges_are_drawn_too(run_folder):
+    pytest.importorskip("matplotlib")
+    (run_folder / "evaluations.jsonl").write_text(json.dumps({"step": 0, "reward": 0.1, "reward_se": 0.2}) + "\n")
+    assert draw_curves(run_folder)
+    (run_folder / "evaluations.jsonl").unlink()
+    assert draw_curves(run_folder)
+
+
+def test_a_failed_drawing_leaves_the_last_picture(run_folder, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    (run_folder / "curves.png").write_bytes(b"the last good picture")
+
+    def fail(self, file, **settings):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figure.Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        draw_curves(run_folder)
+    assert (run_folder / "curves.png").read_bytes() == b"the last good picture"
+
+
+def test_curves_without_matplotlib_are_left_out_without_an_error(run_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert draw_curves(run_folder) is None and not (run_folder / "curves.png").exists()

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints of a run: step-0020/{policy,value,trainer}, from which a resumed run repeats the one that was never stopped.
+
+policy/ and value/ are adapters in PEFT's layout (or whole models, with full fine-tuning), beside the value head; trainer/ holds
+the optimiser, the position in the data, beta and every random state. Departs from the released code, which saves a checkpoint
+before the step that it is named by, and no random state.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from data import Prompts, PromptStream
+from formats.write import write_atomically
+from lora import load_lora, save_lora
+from model import Llama
+from training.config import RunConfig
+from training.folder import checkpoints, flush, newest_whole, prune, require_whole, save_whole, sweep
+from training.models import Models, is_rule
+
+LINES = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
+
+
+@dataclass
+class State:
+    """Everything beside the weights that decides how a run goes on."""
+
+    optimizer: torch.optim.Optimizer
+    prompts: Prompts            # the instructions of the run
+    stream: PromptStream        # the order in which they come
+    sampling: torch.Generator   # on the policy's device
+    shuffling: torch.Generator  # on the CPU
+    beta: float
+    step: int = 0
+
+
+def save_checkpoint(out: Path, run: RunConfig, models: Models, state: State) -> Path:
+    """step-0020/{policy,value,trainer}, whole or not at all; with --keep, older ones go."""
+    def write(part: Path) -> None:
+        (part / "trainer").mkdir()
+        (part / "value").mkdir()
+        if run.tuning == "lora":
+            save_lora(models.policy, part / "policy", base_model_name_or_path=str(run.policy))
+            base = run.policy if is_rule(run.reward) else run.reward
+            save_lora(models.value, part / "value", base_model_name_or_path=str(base))
+        else:
+            models.policy.save_pretrained(part / "policy")
+            models.value.backbone.save_pretrained(part / "value")
+        head = {name: tensor.detach().cpu() for name, tensor in models.value.head.state_dict().items()}
+        write_atomically(part / "value" / "value_head.safetensors", lambda file: save_file(head, file))
+        write_state(part / "trainer" / "state.pt", models, state)
+
+    for name in LINES:
+        if (out / name).is_file():
+            flush(out / name)  # a checkpoint must not know more than the lines beside it
+    final = save_whole(out / f"step-{state.step:04d}", write)
+    prune(out, run.keep)
+    return final
+
+
+def write_state(file: Path, models: Models, state: State) -> None:
+    """Optimiser, position in the data, beta and every random state."""
+    random_states = {"torch": torch.get_rng_state(), "sampling": state.sampling.get_state(),
+                     "shuffling": state.shuffling.get_state()}
+    if models.policy_device.startswith("cuda"):
+        random_states["cuda"] = torch.cuda.get_rng_state(models.policy_device)
+    try:
+        torch.save({"step": state.step, "beta": state.beta, "stream": state.stream.state_dict(), "random": random_states,
+                    "optimizer": state.optimizer.state_dict()}, file)
+    except RuntimeError as error:  # torch's kind for a full disk
+        raise OSError(f"{file}: cannot be written ({str(error).splitlines()[0]})") from error
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def check_run_folder(out: Path, resume: bool) -> Path | None:
+    """The checkpoint to resume from, or None to begin at the beginning; an error when the folder holds another run's results."""
+    if resume:
+        sweep(out)
+        newest = newest_whole(out)
+        if newest is None and checkpoints(out):
+            raise ValueError(f"--resume: no checkpoint in {out} is whole: delete the folder to start anew")
+        if newest is None:
+            print(f"{out} holds no checkpoint yet: the run begins again")
+        return newest
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} already holds files: --resume goes on with that run, another --out starts a new one")
+    return None
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """What write_state wrote, without running any code that a foreign file may hold. Raises ValueError."""
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(stored, dict):
+            raise ValueError(f"holds a {type(stored).__name__}")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch, pickle and zip each raise their own kinds
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file}: is no state of a trainer, or damaged ({what})") from None
+    missing = [name for name in ("step", "beta", "stream", "random", "optimizer") if name not in stored]
+    if missing:
+        raise ValueError(f"{file}: lacks {missing[0]}")
+    return stored
+
+
+def load_weights(run: RunConfig, models: Models, folder: Path) -> None:
+    """Policy and value of a checkpoint into models that were built with the same configuration."""
+    require_whole(folder)
+    if run.tuning == "lora":
+        load_lora(models.policy, folder / "policy")
+        load_lora(models.value, folder / "value")
+    else:
+        for module, name in ((models.policy, "policy"), (models.value.backbone, "value")):
+            module.load_state_dict(Llama.from_pretrained(folder / name, device=models.policy_device).state_dict())
+    models.value.head.load_state_dict(load_file(folder / "value" / "value_head.safetensors"))
+
+
+def load_checkpoint(run: RunConfig, models: Models, state: State, folder: Path) -> None:
+    """Everything save_checkpoint wrote, back in place."""
+    load_weights(run, models, folder)
+    stored = read_state(folder / "trainer" / "state.pt")
+    state.optimizer.load_state_dict(stored["optimizer"])
+    state.stream.load_state_dict(stored["stream"])
+    state.step, state.beta = stored["step"], stored["beta"]
+    torch.set_rng_state(stored["random"]["torch"])
+    state.sampling.set_state(stored["random"]["sampling"])
+    state.shuffling.set_state(stored["random"]["shuffling"])
+    if "cuda" in stored["random"]:
+        torch.cuda.set_rng_state(stored["random"]["cuda"], models.policy_device)
+
+
+# ------------------------------------------------------------------------------------------------ when a run ends early
+
+
+def save_bundle(out: Path, step: int, error: FloatingPointError) -> str:
+    """The rollout that led to NaN or infinity, for whoever looks for the cause; returns the words that say where it is."""
+    rollout = getattr(error, "rollout", None)
+    if rollout is None:
+        return ""
+    file = out / f"debug-step-{step:04d}.pt"
+    tensors = {f.name: getattr(rollout, f.name).detach().cpu() for f in fields(rollout)}
+    try:
+        write_atomically(file, lambda part: torch.save({"step": step, "error": str(error)} | tensors, part))
+    except (OSError, RuntimeError) as trouble:
+        return f"; the batch could not be saved ({str(trouble).splitlines()[0]})"
+    return f"; the batch is in {file}"
+
+
+def checkpoints_line(out: Path) -> str:
+    """What there is to go on from."""
+    newest = newest_whole(out)
+    return f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"

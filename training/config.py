@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: MIT
+"""What a run is: every number and name of it, its command-line flags, and config.json.
+
+    run = build_config(vars(build_parser(...).parse_args()))     # the flags that were given, on top of the defaults
+    run = stored_config({"out": "runs/bregman-s0"})              # of a run that is there
+
+The defaults are the paper's (section 2.2) or the released code's; without --policy a run is the miniature world's, whose preset
+overrides some of them.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+from divergences import ESTIMATORS, get_estimator
+from ppo import PPOConfig, check_bounds
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+# The miniature world's settings; everything else is the paper's. A model of a million parameters takes a larger learning
+# rate, shorter texts and fewer steps.
+TINY_PRESET = {
+    "policy": str(TINY / "sft"), "reward": str(TINY / "reward"), "data": str(TINY / "data" / "ppo.json"),
+    "evaluation": str(TINY / "data" / "evaluation.json"), "prompt_template": "tiny", "steps": 25,
+    "response_length": 80, "temperature": 0.7, "learning_rate": 5e-4, "rollout_batch_size": 128, "step_batch_size": 64,
+    "micro_batch_size": 32, "rollout_micro_batch_size": 128,
+}
+
+
+def setting(default: Any, group: str, unit: str, help: str, choices: tuple[str, ...] | None = None, **bounds: float):
+    """ppo.setting, with the heading under which --help shows the flag, and choices where only some values will do."""
+    return field(default=default, metadata={"group": group, "unit": unit, "help": help, "choices": choices, "bounds": bounds})
+
+
+@dataclass
+class RunConfig:
+    """What a run is, with PPO's own numbers in `ppo`. Every field is a flag."""
+
+    estimator: str = setting("bregman", "objective", "", "the penalty of Table 1: " + ", ".join(ESTIMATORS) + " (or k1 k2 k3)")
+    policy: str | None = setting(None, "data and models", "", "SFT model: folder, .gguf or hub name; None: the miniature world's")
+    reward: str | None = setting(None, "data and models", "", "reward model folder, or file.py:function for a rule")
+    data: str | None = setting(None, "data and models", "", "instructions, AlpacaFarm JSON or JSON lines")
+    evaluation: str | None = setting(None, "data and models", "", "evaluation instructions, for the before/after table")
+    adapter: str | None = setting(None, "data and models", "", "trained adapter that the policy starts from and is compared to: "
+                                  "a PEFT folder, or the paper's released .bin")
+    prompt_template: str = setting("alpaca", "data and models", "", "alpaca, tiny, chat (the tokenizer's own) or a JSON file")
+    query_length: int = setting(192, "data and models", "tokens", "longer prompts are dropped", low=1)
+    out: str | None = setting(None, "run", "", "run folder; None: runs/<estimator>-s<seed>")
+    seed: int = setting(0, "run", "", "decides initialisation, sampling, dropout and the order of the data")
+    steps: int = setting(100, "run", "PPO steps", "how many to take", low=1)
+    save_every: int = setting(20, "run", "PPO steps", "between checkpoints; the last step is always saved", low=1)
+    keep: int = setting(0, "run", "checkpoints", "the newest that are kept; 0: all", low=0)
+    eval_every: int = setting(0, "run", "PPO steps", "between evaluations during training; 0: before and after only", low=0)
+    policy_device: str | None = setting(None, "placement", "", "holds policy and value; None: where train.py pins it, or what "
+                                        "there is")
+    reference_device: str | None = setting(None, "placement", "", "holds reference and reward; None: alike")
+    dtype: str = setting("auto", "placement", "", "of frozen weights; auto: bfloat16 on a GPU, float32 on a CPU",
+                         ("auto", "float32", "bfloat16", "float16"))
+    tuning: str = setting("lora", "tuned weights", "", "lora, or full fine-tuning of policy and value", ("lora", "full"))
+    lora_rank: int = setting(8, "tuned weights", "", "rank k of B A (Eq. 1)", low=1)
+    lora_alpha: float = setting(64.0, "tuned weights", "", "the update is scaled by alpha / rank", above=0)
+    lora_targets: str = setting("q_proj,k_proj,v_proj,o_proj", "tuned weights", "", "adapted layers, by commas (MLP: gate_proj, "
+                                "up_proj, down_proj)")
+    lora_dropout: float = setting(0.1, "tuned weights", "", "on the input of every adapter, in updates only", low=0, below=1)
+    gradient_checkpointing: bool = setting(False, "tuned weights", "", "recompute each layer in the backward pass: a third more "
+                                           "time, activations of one layer")
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+    def __post_init__(self) -> None:
+        get_estimator(self.estimator)
+        check_bounds(self)
+        if self.adapter and self.tuning == "full":
+            raise ValueError(f"adapter {self.adapter} with tuning full: python lora.py merge makes one model of both, to name as "
+                             "--policy")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names in lora_targets."""
+        return tuple(name.strip() for name in self.lora_targets.split(","))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number and name by its field, flat, as config.json holds them."""
+        return {f.name: getattr(self if f.name in vars(self) else self.ppo, f.name) for f in FIELDS}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """The reverse; what is left out has its default."""
+        given = {f.name: values[f.name] for f in FIELDS if f.name in values}
+        ppo = PPOConfig(**{f.name: given.pop(f.name) for f in fields(PPOConfig) if f.name in given})
+        return cls(**given, ppo=ppo)
+
+
+FIELDS: list[Field] = [f for f in fields(RunConfig) if f.name != "ppo"] + list(fields(PPOConfig))
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the flags in one line, instead of after a page of all that there are."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}; --help lists every flag\n")
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """A flag for every field; unset flags stay out of the namespace."""
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--plan", action="store_true", help="print the memory that the run needs on each device, and stop")
+    groups: dict[str, Any] = {}
+    for f in FIELDS:
+        title = f.metadata.get("group", "PPO")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        if f.type is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif f.metadata.get("choices"):
+            options = {"choices": f.metadata["choices"]}
+        else:
+            options = {"type": flag_type(f.type), "metavar": f.name.split("_")[-1].upper()}
+        groups[title].add_argument("--" + f.name.replace("_", "-"), help=help_text(f), **options)
+    return parser
+
+
+def flag_type(annotation: Any) -> type:
+    """int for `int`, float for `float | None`."""
+    return next(t for t in get_args(annotation) if t is not type(None)) if isinstance(annotation, UnionType) else annotation
+
+
+def help_text(f: Field) -> str:
+    """What the field is, its default and unit, and the miniature world's own default where it has one."""
+    tiny = TINY_PRESET.get(f.name, f.default)
+    default = f"{f.default}" + (f"; miniature world {tiny}" if tiny != f.default and f.default is not None else "")
+    return f"{f.metadata['help']} (default {default} {f.metadata['unit']}".replace("%", "%%").rstrip() + ")"
+
+
+def build_config(given: Mapping[str, Any]) -> RunConfig:
+    """Defaults, overridden by the miniature world's preset when no policy is named, overridden by the flags given."""
+    run = RunConfig.from_dict(given if "policy" in given else TINY_PRESET | given)
+    for name in ("reward", "data"):
+        if getattr(run, name) is None:
+            raise ValueError(f"--{name} is missing: --policy names your own model, so name your own {name} too")
+    run.out = run.out or f"runs/{run.estimator}-s{run.seed}"
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------- config.json
+
+
+def stored_config(given: Mapping[str, Any]) -> RunConfig:
+    """The configuration of the run in given["out"]; a flag that contradicts it is an error, since the run would be another."""
+    out = Path(given["out"]) if "out" in given else Path(build_config(given).out)
+    stored = read_config(out / "config.json") | {"out": str(out)}
+    for name, value in given.items():
+        if name != "out" and stored.get(name) != value:
+            raise ValueError(f"--resume: --{name.replace('_', '-')} {value} differs from the run's {stored.get(name)}: "
+                             "leave the flag away, or start a new run in another --out")
+    return RunConfig.from_dict(stored)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The fields in config.json, each there and of its type. Raises FileNotFoundError, or ValueError naming file and field."""
+    if not file.is_file():
+        raise FileNotFoundError(f"--resume: {file} not found: there is no run in {file.parent} to go on with")
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError(f"holds a {type(stored).__name__}, not an object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: is no configuration of a run ({error})") from None
+    for f in FIELDS:
+        if f.name not in stored:
+            raise ValueError(f"{file}: lacks {f.name}: written by another version of train.py")
+        if not is_of_type(stored[f.name], f.type):
+            raise ValueError(f"{file}: {f.name} is {stored[f.name]!r}: must be {getattr(f.type, '__name__', f.type)}")
+    return stored
+
+
+def is_of_type(value: Any, annotation: Any) -> bool:
+    """Whether a value read from JSON is what a field is declared as; a whole number will do for a float."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)

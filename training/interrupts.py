@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+"""SIGINT and SIGTERM as a wish to stop: the loop finishes what it is at, saves, and ends with a line that tells how to go on."""
+
+import signal
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Stopped(Exception):
+    """A signal ended the run in good order."""
+
+    def __init__(self, message: str, caught: signal.Signals):
+        super().__init__(message)
+        self.exit_code = 128 + caught
+
+
+class Interrupts:
+    """While inside, the first SIGINT or SIGTERM is remembered in `caught`, for the loop to end after its step; the second one
+    ends the process at once."""
+
+    def __init__(self) -> None:
+        self.caught: signal.Signals | None = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        try:
+            self.before = {s: signal.signal(s, self.catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread, which alone may handle signals
+            pass
+        return self
+
+    def catch(self, number: int, frame: Any) -> None:
+        self.caught = signal.Signals(number)
+        tqdm.write(f"{self.caught.name}: finishes this step and saves; once more ends at once")
+        for s in self.before:
+            signal.signal(s, signal.SIG_DFL)
+
+    def __exit__(self, *_: Any) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: MIT
+"""The four models of the third stage, the device of each, and the callables in which ppo.py sees them.
+
+    run.policy_device, run.reference_device, line = resolve_devices("cuda:0", "cuda:1")     # or what there is
+    models = build_models(run, tokenizer)
+    actors = models.actors(run.ppo, generator)
+
+The paper needs four models in memory (section 2.1, "Limitations"): policy and value on one device, reference and reward on the
+other. On one device with LoRA the frozen weights stand in memory once: the reference is the policy with its adapter switched
+off, the value model is the reward model's backbone with an adapter. That is exact and makes two models of four.
+"""
+
+import copy
+import runpy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from formats.read import local_copy
+from formats.tokenizer import check_vocabulary, describe_tokenizer, load_tokenizer
+from lora import (add_lora, load_lora, lora_cast, lora_disabled, lora_layers, lora_snapshot, lora_weights, merge_lora,
+                  unmerge_lora)
+from model import Llama, ValueModel, generate
+from ppo import Actors, PPOConfig
+from reward import Reward, RewardModel, retokenising_scorer, rule_scorer, same_ids, scorer
+from training.config import RunConfig
+
+
+@dataclass
+class Models:
+    """The four models, and the tokenizer of the policy's texts."""
+
+    policy: Llama
+    value: ValueModel
+    reference: Llama                  # the policy itself where frozen weights are shared
+    reward_model: RewardModel | None  # None: a rule
+    score: Reward | None              # how that model or rule scores the policy's token ids; None: without a reward
+    tokenizer: Any
+    policy_device: str
+    reference_device: str
+    shared: bool                      # one device and LoRA: frozen weights stand in memory once
+    shared_critic: bool               # the value model's backbone is the reward model's
+    start: dict[str, Tensor]          # the adapter that a shared policy started from, which its reference keeps on
+    notes: list[str]                  # what building them showed, for the program to print
+
+    def policy_logits(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+        """Of the last `keep` positions: (B, keep, V)."""
+        return self.policy(input_ids, attention_mask, logits_to_keep=keep)
+
+    def reference_logits(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+        """The same of the reference policy."""
+        with self.as_it_started():
+            return self.reference(input_ids, attention_mask, logits_to_keep=keep)
+
+    def reward(self, input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
+        """Scores (B,) of sequences whose last n positions are the response's."""
+        with lora_disabled(self.value.backbone) if self.shared_critic else nullcontext():
+            return self.score(input_ids, attention_mask, n)
+
+    def as_it_started(self) -> AbstractContextManager:
+        """Inside, a shared policy is its own reference: without its adapter, or with the one that it started from."""
+        if not self.shared:
+            return nullcontext()
+        return lora_weights(self.policy, self.start) if self.start else lora_disabled(self.policy)
+
+    def actors(self, config: PPOConfig, generator: torch.Generator | None = None) -> Actors:
+        """As ppo.collect and ppo.update call them; generator (on the policy's device) draws the samples, None: torch's own."""
+        ends = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+
+        def sample(prompts: Tensor, prompt_mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            with folded(self.policy):
+                return generate(self.policy, prompts, prompt_mask, config.response_length, temperature=config.temperature,
+                                generator=generator, return_logprobs=exact_sampler(self.policy), **ends)
+
+        return Actors(self.policy_logits, self.value, self.reference_logits, self.reward, sample, **ends,
+                      policy_device=self.policy_device, reference_device=self.reference_device)
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        """Every parameter that the optimiser moves."""
+        return [p for m in (self.policy, self.value) for p in m.parameters() if p.requires_grad]
+
+    def mode(self, training: bool) -> None:
+        """Dropout is on in updates and off in rollouts (released code)."""
+        self.policy.train(training)
+        self.value.train(training)
+
+
+@contextmanager
+def folded(policy: Llama) -> Iterator[None]:
+    """For sampling: in float32 the adapter is folded into the weights, which saves its cost at every token; in bf16 the fold
+    would round small updates away, so there it stays apart and is rounded by itself."""
+    if not exact_sampler(policy):
+        with lora_cast(policy):
+            yield
+        return
+    merge_lora(policy)
+    try:
+        yield
+    finally:
+        unmerge_lora(policy)
+
+
+def exact_sampler(policy: Llama) -> bool:
+    """Whether sampling computes log-probabilities as precisely as the update does: KV cache and folded adapter in float32."""
+    return policy.lm_head.weight.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------------ placement
+
+
+def available_devices() -> list[str]:
+    """What there is, the best first."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def is_there(name: str) -> bool:
+    """cpu:0 is the CPU by a second name: to torch another device, on which all four models are built as on two GPUs."""
+    return full_name(name) in (*available_devices(), "cpu:0")
+
+
+def require_device(flag: str, name: str | None) -> None:
+    """A device that was asked for and isn't there is an error: only a default falls back."""
+    if name is not None and not is_there(name):
+        raise ValueError(f"{flag} {name} is not there: choose from {', '.join(available_devices())}")
+
+
+def resolve_devices(policy_device: str | None, reference_device: str | None) -> tuple[str, str, str]:
+    """(policy's device, reference's device, a line that says what happened); a name that isn't there falls to what there is."""
+    best = available_devices()[0]
+    asked = [full_name(name or best) for name in (policy_device, reference_device)]
+    policy, reference = (name if is_there(name) else best for name in asked)
+    missing = [name for name in asked if not is_there(name)]
+    note = f" ({' and '.join(missing)} not there)" if missing else ""
+    return policy, reference, f"placement: policy, value → {policy}; reference, reward → {reference}{note}"
+
+
+def full_name(device: str) -> str:
+    """torch's "cuda" is the first of them."""
+    return "cuda:0" if device == "cuda" else device
+
+
+def choose_dtype(run: RunConfig, device: str) -> torch.dtype:
+    """Full fine-tuning needs float32 weights: at a learning rate of 1e-5 most bf16 updates round away."""
+    if run.tuning == "full":
+        return torch.float32
+    name = run.dtype if run.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
+    return getattr(torch, name)
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+def build_models(run: RunConfig, tokenizer: Any) -> Models:
+    """Loads policy, value, reference and reward and puts each on its device."""
+    policy_device, reference_device, _ = resolve_devices(run.policy_device, run.reference_device)
+    dtype = choose_dtype(run, policy_device)
+    shared = run.tuning == "lora" and policy_device == reference_device
+    notes = [str(dtype).removeprefix("torch.")
+             + ("; one device: frozen weights are shared, two models instead of four" if shared else "")]
+
+    policy = load_policy(run, tokenizer, dtype, policy_device, notes)
+    reference = policy
+    if not shared:
+        reference = Llama.from_pretrained(run.policy, dtype=dtype, device=reference_device, progress=True).requires_grad_(False)
+    reward_model, score, its_ids = load_reward(run, tokenizer, dtype, reference_device, notes)
+    if not its_ids:
+        notes.append("value: starts from the policy's weights, as there is no reward model with the policy's tokenizer")
+        backbone = second_model(policy, own_weights=run.tuning == "full")
+    elif shared:
+        backbone = reward_model.backbone
+    else:
+        backbone = RewardModel.from_pretrained(run.reward, dtype=dtype, device=policy_device).backbone
+    value = ValueModel(backbone)
+
+    start = {}
+    if run.adapter and not shared:
+        start_from(run, reference)
+    if run.tuning == "lora":
+        # Only now: building four models draws more numbers than building two, and neither adapters nor dropout may depend on it.
+        torch.manual_seed(run.seed)
+        start = adapt_policy(run, policy, notes)
+        add_lora(backbone, run.lora_rank, run.lora_alpha, run.lora_dropout, run.targets)
+    else:
+        backbone.requires_grad_(True)  # its output layer is the embedding, tied, and so trains with it
+    reference.eval()
+    policy.gradient_checkpointing = backbone.gradient_checkpointing = run.gradient_checkpointing
+    models = Models(policy, value, reference, reward_model, score, tokenizer, policy_device, reference_device, shared,
+                    shared and its_ids, start, notes)
+    models.mode(training=False)
+    return models
+
+
+def load_policy(run: RunConfig, tokenizer: Any, dtype: torch.dtype, device: str, notes: list[str]) -> Llama:
+    """The policy's model as it is stored, after a look at its tokenizer and at the layers that are to be adapted."""
+    policy = Llama.from_pretrained(run.policy, dtype=dtype, device=device, progress=True)
+    rows = policy.config.vocab_size
+    unused = check_vocabulary(tokenizer, rows, f"--policy {run.policy}")
+    notes.append(f"{describe_tokenizer(tokenizer)}; {rows:,} embedding rows in the policy"
+                 + (f", {unused} unused" if unused else ""))
+    check_targets(policy, run.targets)
+    return policy
+
+
+def check_targets(model: Llama, targets: tuple[str, ...]) -> None:
+    """A misspelt name would match nothing, and nobody would miss its adapters."""
+    layers = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for target in targets:
+        if target not in layers:
+            raise ValueError(f"--lora-targets {target!r}: the model has no such layer; choose from {', '.join(sorted(layers))}")
+
+
+def adapt_policy(run: RunConfig, policy: Llama, notes: list[str]) -> dict[str, Tensor]:
+    """Gives the policy its adapter: a new one, or the one it starts from, which is returned as it is now."""
+    if not run.adapter:
+        add_lora(policy, run.lora_rank, run.lora_alpha, run.lora_dropout, run.targets)
+        return {}
+    start = start_from(run, policy)
+    first, *others = lora_layers(policy).values()
+    notes.append(f"policy: starts from the adapter {run.adapter} (rank {first.rank}, alpha {first.alpha:g}, {1 + len(others)} "
+                 "layers); its reference keeps that adapter")
+    return start
+
+
+def start_from(run: RunConfig, model: Llama) -> dict[str, Tensor]:
+    """Puts the trained adapter on the model and returns it as it is now, since training goes on with the same one."""
+    load_lora(model, local_copy(run.adapter), part="policy")
+    for layer in lora_layers(model).values():
+        layer.dropout = run.lora_dropout
+    return lora_snapshot(model)
+
+
+def second_model(model: Llama, own_weights: bool) -> Llama:
+    """Another model on the same weights, for adapters of its own, or with a copy of them, for full fine-tuning."""
+    return copy.deepcopy(model, {} if own_weights else {id(p): p for p in model.parameters()})
+
+
+# -------------------------------------------------------------------------------------------------------------- rewards
+
+
+def load_reward(run: RunConfig, tokenizer: Any, dtype: torch.dtype, device: str, notes: list[str]
+                ) -> tuple[RewardModel | None, Reward | None, bool]:
+    """(reward model, how to score with it, whether it reads the policy's token ids); a rule has no model and reads text."""
+    if run.reward is None:  # an adapter that is evaluated names none
+        return None, None, False
+    if is_rule(run.reward):
+        notes.append(f"reward: the rule {run.reward}, on decoded texts")
+        return None, rule_scorer(load_rule(run.reward), tokenizer), False
+    model = RewardModel.from_pretrained(run.reward, dtype=dtype, device=device).requires_grad_(False)
+    its_own = load_tokenizer(run.reward).for_template(run.prompt_template)
+    check_vocabulary(its_own, model.backbone.config.vocab_size, f"--reward {run.reward}")
+    if same_ids(tokenizer, its_own):
+        notes.append("reward: scores the policy's token ids as they are (one tokenizer)")
+        return model, scorer(model), True
+    notes.append("reward: decodes and tokenises anew, since its tokenizer is not the policy's")
+    return model, retokenising_scorer(model, tokenizer, its_own), False
+
+
+def is_rule(name: str) -> bool:
+    """Whether the name is `file.py:function`, and not a folder."""
+    return ".py:" in name
+
+
+def load_rule(name: str) -> Callable[[list[str], list[str]], list[float]]:
+    """The function that `path/to/file.py:function` names; the file is run. Raises ValueError where there is none."""
+    file, _, function = name.rpartition(":")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file; a rule is named file.py:function")
+    space = runpy.run_path(file)
+    if not callable(space.get(function)):
+        there = [key for key, value in space.items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{name}: {file} has no function {function!r}; it has {', '.join(there) or 'none'}")
+    return space[function]
