@@ -44,7 +44,7 @@ from reward import RewardModel
 from training.checkpoint import load_weights
 from training.config import TINY_PRESET, Parser, RunConfig, stored_config
 from training.folder import checkpoints
-from training.models import Models, build_models
+from training.models import Models, build_models, is_rule
 
 COMMANDS = ("run", "winrate", "report", "chat")
 
@@ -101,6 +101,11 @@ def open_run(folder: Path, args: argparse.Namespace) -> tuple[RunConfig, list[Po
     run.evaluation = args.data or run.evaluation
     if run.evaluation is None:
         raise ValueError(f"--data is missing: the run in {folder} names no evaluation instructions")
+    if is_rule(run.reward) and args.reward != run.reward:  # the folder may be a stranger's
+        if args.judge == "reward" and not args.judge_reward:
+            raise ValueError(f"--judge reward: the run's reward is a rule, which is code: name it, --reward {run.reward}")
+        print(f"the run's reward is a rule, which is code and runs only when it is named: --reward {run.reward}")
+        run.reward = None
     there = {int(p.name.removeprefix("step-")): p for p in checkpoints(folder)}
     steps = sorted(there) if args.step == ["all"] else [whole_number(step) for step in args.step] or sorted(there)[-1:]
     missing = [s for s in steps if s not in there]
@@ -239,6 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("folder", type=Path, help="a run folder of train.py, or an adapter folder in PEFT's layout")
     run.add_argument("--step", nargs="+", default=[], help="checkpoints of the run to evaluate, or all (default: the last)")
     run.add_argument("--data", help="evaluation instructions with reference outputs (default: the run's)")
+    run.add_argument("--reward", metavar="FILE.py:RULE", help="the run's own rule, which is code and runs only when it is named")
     run.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N of them")
     run.add_argument("--kl-tokens", type=int, default=28_000, metavar="N", help="tokens on which the true KL is measured, in the "
                      "policy's own answers (default: %(default)s, the paper's)")

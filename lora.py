@@ -92,7 +92,7 @@ class LoRALinear(nn.Module):
             return out + F.linear(F.linear(x, lora_A), scaled_B)
         # Eq. 1: out + scaling · B A dropout(x), that is F.linear(F.linear(F.dropout(x.float(), p), A) * scaling, B)
         dropout = self.dropout if self.training else 0.0
-        return out + LowRank.apply(x, self.lora_A, self.lora_B, self.scaling, dropout)
+        return out + LowRank.apply(x, self.lora_A, self.lora_B, self.scaling, dropout).to(out.dtype)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -139,21 +139,23 @@ class LowRank(torch.autograd.Function):
     def forward(ctx, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> Tensor:
         keep = keep_mask(x, dropout) if dropout else None
         ctx.scaling = scaling / (1 - round(dropout * 65536) / 65536)  # what is kept stands for what is not
-        low = F.linear(_kept(x, keep), lora_A).mul_(ctx.scaling)
-        ctx.save_for_backward(x, lora_A, lora_B, low, keep)
-        return F.linear(low, lora_B).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # it would round what is float32 on purpose, and only forward
+            low = F.linear(_kept(x, keep), lora_A).mul_(ctx.scaling)
+            ctx.save_for_backward(x, lora_A, lora_B, low, keep)
+            return F.linear(low, lora_B).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         x, lora_A, lora_B, low, keep = ctx.saved_tensors
-        wide = grad.float().flatten(0, -2)  # (N, out)
-        grad_low = (wide @ lora_B).mul_(ctx.scaling)  # (N, rank)
-        grad_A = grad_low.t() @ _kept(x, keep).flatten(0, -2)
-        grad_B = wide.t() @ low.flatten(0, -2)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_low @ lora_A).view(x.shape).to(x.dtype)
-            grad_x = grad_x if keep is None else grad_x.mul_(keep.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            wide = grad.float().flatten(0, -2)  # (N, out)
+            grad_low = (wide @ lora_B).mul_(ctx.scaling)  # (N, rank)
+            grad_A = grad_low.t() @ _kept(x, keep).flatten(0, -2)
+            grad_B = wide.t() @ low.flatten(0, -2)
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                grad_x = (grad_low @ lora_A).view(x.shape).to(x.dtype)
+                grad_x = grad_x if keep is None else grad_x.mul_(keep.to(x.dtype))
         return grad_x, grad_A, grad_B, None, None
 
 

@@ -25,7 +25,7 @@ Shapes: B batch, P prompt length (left-padded), T response length (right-padded)
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Stats = dict[str, Tensor]
+EosIds = int | Sequence[int]  # one id, or several that each end a response (Llama 3)
 Progress = Callable[[str, int], None]  # called with ("generate" | "score" | "update", number of responses just done)
 
 
@@ -67,7 +68,8 @@ class PPOConfig:
     cliprange_value: float = setting(0.2, "reward", "how far a value may leave the rollout's", above=0)
     vf_coef: float = setting(0.1, "", "weight of the value loss", low=0)
     max_grad_norm: float = setting(1.0, "", "gradients longer than this are scaled down to it", above=0)
-    learning_rate: float = setting(1e-5, "", "peak; rises over warmup_steps, then falls linearly to the last step", above=0)
+    learning_rate: float = setting(1e-5, "", "peak; rises over warmup_steps, then falls linearly over lr_steps", above=0)
+    lr_steps: int = setting(781, "PPO steps", "until the learning rate is 0: ten epochs of the paper's data", low=1)
     warmup_steps: int = setting(5, "PPO steps", "until the peak learning rate", low=0)
     adam_eps: float = setting(1e-5, "", "Adam's epsilon", above=0)
 
@@ -95,7 +97,7 @@ class Actors:
     # where the sampler's are as exact as the update's: it saves one forward pass in four. A bf16 KV cache, or adapters rounded
     # for sampling, would start the ratio off 1.
     generate: Callable
-    eos_token_id: int
+    eos_token_id: EosIds
     pad_token_id: int
     policy_device: Any = "cpu"     # policy and value
     reference_device: Any = "cpu"  # reference and reward
@@ -154,9 +156,8 @@ def collect(actors: Actors, penalty: Callable, prompts: Tensor, prompt_mask: Ten
     responses, mask, scores = (scored.pop(name) for name in ("responses", "mask", "scores"))
     scored = {name: real(x, mask) for name, x in scored.items()}  # logprobs, ref_logprobs, values
     # 3: rewards
-    finished = (mask & (responses == actors.eos_token_id)).any(1)  # token ids: decoded text may hide or imitate an EOS
-    missing = config.missing_eos_penalty
-    judged = scores if missing is None else scores.masked_fill(~finished, missing)
+    finished = (mask & is_eos(responses, actors.eos_token_id)).any(1)  # token ids: decoded text may hide or imitate an EOS
+    judged = judged_scores(scores, finished, config.missing_eos_penalty)
     penalties = real(penalty(scored["logprobs"], scored["ref_logprobs"]), mask)
     rewards = shape_rewards(judged, penalties, mask, config.beta if beta is None else beta)
     if config.whiten_rewards:
@@ -169,6 +170,11 @@ def collect(actors: Actors, penalty: Callable, prompts: Tensor, prompt_mask: Ten
                       advantages=advantages, returns=returns, **scored)
     check_finite(rollout)
     return rollout
+
+
+def judged_scores(scores: Tensor, finished: Tensor, missing_eos_penalty: float | None) -> Tensor:
+    """What is trained on, (B,): the scores, with missing_eos_penalty in the place of those of responses without EOS."""
+    return scores if missing_eos_penalty is None else scores.masked_fill(~finished, missing_eos_penalty)
 
 
 def shape_rewards(scores: Tensor, penalties: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -222,17 +228,16 @@ def sample_and_score(actors: Actors, prompts: Tensor, prompt_mask: Tensor, confi
     def read_frozen(text: "Packed", sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
         return score_frozen(actors, text, sequence, attention, config.temperature)
 
-    sampled, queued = [], []
+    sampled, chunks, frozen = [], [], []
     for rows in torch.arange(len(prompts), device=prompts.device).split(config.rollout_micro_batch_size):
         start = first_column(prompt_mask[rows])
-        chunk = sample(actors, prompts[rows, start:], prompt_mask[rows, start:])
+        sampled.append(sample(actors, prompts[rows, start:], prompt_mask[rows, start:]))
+        chunks.append((prompts[rows], prompt_mask[rows], sampled[-1]["responses"], sampled[-1]["mask"]))
         if two_devices:
-            batch = prompts[rows], prompt_mask[rows], chunk["responses"], chunk["mask"]
-            queued.append(in_batches(read_frozen, config.micro_batch_size, *batch))
-        sampled.append(chunk)
+            frozen.append(in_batches(read_frozen, config.micro_batch_size, *chunks[-1]))
         progress("generate", len(rows))
     rollout = stack(sampled)
-    responses = rollout["responses"] = rollout["responses"].masked_fill(~rollout["mask"], actors.pad_token_id)
+    rollout["responses"] = rollout["responses"].masked_fill(~rollout["mask"], actors.pad_token_id)
     logprobs_known = "logprobs" in rollout
 
     def read(text: "Packed", sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
@@ -241,10 +246,14 @@ def sample_and_score(actors: Actors, prompts: Tensor, prompt_mask: Tensor, confi
         progress("score", len(sequence))
         return scored
 
-    rollout |= in_batches(read, config.micro_batch_size, prompts, prompt_mask, responses, rollout["mask"])
+    # Both devices read the very same batches, so that equal weights give equal numbers: in a batch of other rows or other
+    # padding bf16 rounds otherwise, and two equal models would pay a penalty on the difference. One device reads a batch once.
+    if not two_devices:
+        chunks = [(prompts, prompt_mask, rollout["responses"], rollout["mask"])]
+    T = rollout["mask"].shape[1]
+    rollout |= stack([in_batches(read, config.micro_batch_size, *chunk) for chunk in chunks], T)
     if two_devices:
-        frozen = stack(queued, rollout["mask"].shape[1])
-        rollout |= {name: x.to(actors.policy_device) for name, x in frozen.items()}
+        rollout |= {name: x.to(actors.policy_device) for name, x in stack(frozen, T).items()}
     return rollout
 
 
@@ -375,14 +384,15 @@ def adapt_beta(beta: float, kl: float, target: float, horizon: float, n: int) ->
     return beta * (1 + error * n / horizon)
 
 
-def learning_rate(step: int, total_steps: int, config: PPOConfig) -> float:
-    """The rate for PPO step 1 ... total_steps: linear warm-up to the peak, then linear decay.
+def learning_rate(step: int, config: PPOConfig) -> float:
+    """The rate for PPO step 1, 2, ...: linear warm-up to the peak, then linear decay, at 0 after lr_steps.
 
-    Counting from 1 spends no step at rate 0, as counting from 0 does with the first.
+    It does not depend on how many steps are taken, so that a run can be extended: the released code decays over
+    20,000 · 10 // 256 = 781 steps, of which the paper takes 100 to 180. Counting from 1 spends no step at rate 0.
     """
     warmup_steps = max(1, config.warmup_steps)
-    decay = (total_steps - step + 1) / max(1, total_steps - warmup_steps + 1)
-    return config.learning_rate * min(step / warmup_steps, decay, 1.0)
+    decay = (config.lr_steps - step + 1) / max(1, config.lr_steps - warmup_steps + 1)
+    return config.learning_rate * max(0.0, min(step / warmup_steps, decay, 1.0))
 
 
 # ------------------------------------------------------------------------------------------------- what a rollout shows
@@ -425,16 +435,18 @@ def self_check(policy: Callable, rollout: Rollout, config: PPOConfig) -> dict[st
 
     ratio_error: largest |ratio − 1| (ratio_error_mean: its mean over tokens) when the update's forward pass reads one
     micro-batch, spread over the rollout (so that its padding is not what it was in collect). reference_gap: largest
-    |log π − log π_ref| of the whole rollout.
+    |log π − log π_ref| of the whole rollout (reference_gap_mean: its mean over tokens).
     """
     spread = max(1, len(rollout) // config.micro_batch_size)
     rows = torch.arange(0, len(rollout), spread)[:config.micro_batch_size]
     batch = rollout.micro_batch(rows.to(rollout.mask.device))
     logprobs, _ = response_logprobs(policy, batch.packed(), config.temperature)
     error = (logprobs - batch.logprobs).expm1().abs()
+    gap = (rollout.logprobs - rollout.ref_logprobs).abs()
     return {"ratio_error": real(error, batch.mask).max().item(),
             "ratio_error_mean": masked_mean(error, batch.mask).item(),
-            "reference_gap": (rollout.logprobs - rollout.ref_logprobs).abs().max().item()}
+            "reference_gap": gap.max().item(),
+            "reference_gap_mean": masked_mean(gap, rollout.mask).item()}
 
 
 class NotFinite(FloatingPointError):
@@ -458,14 +470,23 @@ def check_finite(rollout: Rollout) -> None:
 # ----------------------------------------------------------------------- bookkeeping: masks, and means over real tokens
 
 
-def response_mask(responses: Tensor, eos_token_id: int) -> Tensor:
-    """(B, T) token ids → (B, T) bool, true through and including the first EOS.
+def is_eos(responses: Tensor, eos_token_id: EosIds) -> Tensor:
+    """Where a token ends a response: bool, of the same shape."""
+    ends = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
+    found = torch.zeros_like(responses, dtype=torch.bool)
+    for end in ends:
+        found = found | (responses == end)
+    return found
+
+
+def response_mask(responses: Tensor, eos_token_id: EosIds) -> Tensor:
+    """(B, T) token ids → (B, T) bool, true through and including the first EOS, which may be one id or any of several.
 
     It never looks at pad ids: where pad = EOS, as in many tokenizers, a mask from pad ids would drop the EOS itself,
     and with it the token that carries the score.
     """
-    is_eos = (responses == eos_token_id).long()
-    return is_eos.cumsum(1) - is_eos == 0  # no EOS strictly before this token
+    ends = is_eos(responses, eos_token_id).long()
+    return ends.cumsum(1) - ends == 0  # no EOS strictly before this token
 
 
 def real(x: Tensor, mask: Tensor) -> Tensor:
@@ -602,7 +623,7 @@ class Packed:
 def pack(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor, width: int | None = None) -> Packed:
     """Left-padded prompts and right-padded responses as one row each; width: of the longest, else P + T."""
     sequence, attention = join(prompts, prompt_mask, responses, mask)
-    order = attention.argsort(dim=1, stable=True)  # padding first, then the real tokens as they stood
+    order = attention.int().argsort(dim=1, stable=True)  # padding first, then the real tokens as they stood
     sequence, attention = sequence.gather(1, order), attention.gather(1, order)
     if width is not None:
         sequence, attention = sequence[:, -width:], attention[:, -width:]

@@ -39,7 +39,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, ROOT / "train.py", *FLAGS, "--steps", args.steps, "--out", out]
+        command = [sys.executable, ROOT / "train.py", *FLAGS, "--steps", args.steps, "--lr-steps", args.steps, "--out", out]
         run = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         process, metrics = Path(f"/proc/{run.pid}"), out / "metrics.jsonl"
         memory: list[float] = []

@@ -71,7 +71,7 @@ def samples(configs: Sequence[Configuration], count: int = 8) -> str:
             for i in rows)
         blocks.append(f"<details{' open' if c is configs[0] else ''}><summary>{html.escape(c.adaptation)} PPO, "
                       f"{html.escape(c.regularization)}</summary><table class=samples><thead><tr><th>Instruction</th><th>SFT</th>"
-                      f"<th>step {after['step']}</th></tr></thead><tbody>{body}</tbody></table></details>")
+                      f"<th>step {html.escape(str(after['step']))}</th></tr></thead><tbody>{body}</tbody></table></details>")
     return "".join(blocks)
 
 

@@ -210,6 +210,24 @@ def test_lora_py_alone_says_what_needs_the_rest_of_the_project(tmp_path):
         """)
 
 
+def test_lora_py_alone_trains_in_hugging_faces_trainer_in_bf16(tmp_path):
+    alone("lora", tmp_path, """
+        import transformers
+        from lora import add_lora, lora_parameters
+        config = transformers.LlamaConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                          num_attention_heads=2, num_key_value_heads=2)
+        model = add_lora(transformers.LlamaForCausalLM(config))
+        before = [p.detach().clone() for p in lora_parameters(model)]
+        settings = transformers.TrainingArguments("out", max_steps=2, bf16=True, use_cpu=True, report_to=[], learning_rate=0.1,
+                                                  save_strategy="no", disable_tqdm=True)
+        data = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)}] * 8
+        transformers.Trainer(model, settings, train_dataset=data).train()
+        after = lora_parameters(model)
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in after)
+        assert not all(torch.equal(a, b) for a, b in zip(before, after))
+        """)
+
+
 def test_a_module_that_leans_on_a_sibling_would_be_noticed(tmp_path):
     """The proof that the tests above can fail: a program, which may import siblings, does not run alone."""
     shutil.copy(ROOT / "sft.py", tmp_path)

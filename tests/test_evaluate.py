@@ -1,5 +1,6 @@
 """What evaluate.py promises about run folders: any of three judges, files that other tools read, nothing lost or mixed."""
 
+import io
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import pytest
 from runs import records, settings, start
 
 import evaluate
+import train
 from divergences import ESTIMATORS
 
 
@@ -190,3 +192,30 @@ def test_a_folder_that_is_neither_run_nor_adapter_is_one_clear_line(tmp_path, mo
     assert evaluate.main() == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "neither a run folder" in error
+
+
+@pytest.fixture
+def strangers_run(run, tmp_path) -> Path:
+    """A run folder whose config.json names code that leaves a trace when it is run."""
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'was here')!r}, 'w')\n"
+                                        "def rule(prompts, responses):\n    return [1.0] * len(responses)\n")
+    config = json.loads((run / "config.json").read_text()) | {"reward": f"{tmp_path / 'theirs.py'}:rule"}
+    (run / "config.json").write_text(json.dumps(config))
+    return run
+
+
+def test_a_strangers_run_folder_runs_no_code(strangers_run, call, tmp_path, monkeypatch, capsys):
+    code, out, _ = call(strangers_run, "--limit", 2)
+    assert code == 0 and f"--reward {tmp_path / 'theirs.py'}:rule" in out and "reward" not in results(strangers_run)["SFT"]
+    code, _, err = call(strangers_run, "--limit", 2, "--judge", "reward")
+    assert code == 2 and "which is code: name it" in err and err.count("\n") == 1
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Name a metal.\n"))
+    assert call("chat", strangers_run)[0] == 0
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(strangers_run)])
+    assert train.main() == 2 and "runs only when it is named" in capsys.readouterr().err
+    assert not (tmp_path / "was here").exists()
+
+
+def test_a_rule_that_is_named_again_is_run(strangers_run, call, tmp_path):
+    code, _, _ = call(strangers_run, "--limit", 2, "--reward", f"{tmp_path / 'theirs.py'}:rule")
+    assert code == 0 and results(strangers_run)["SFT"]["reward"] == 1 and (tmp_path / "was here").exists()

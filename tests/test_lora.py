@@ -561,6 +561,34 @@ def test_the_low_rank_update_and_its_gradients_are_those_of_plain_autograd(dropo
         torch.testing.assert_close(a.grad.float(), b.grad.float(), atol=30 * tolerance, rtol=10 * tolerance)
 
 
+def test_adapters_train_under_autocast_with_the_gradients_of_float32():
+    """Mixed precision rounds the base's products, never the adapters'; a backward pass inside the context is legal too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    add_lora(model, rank=2, dropout=0.0, targets=["0", "1"])
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(5, 16)
+
+    def gradients(autocast, backward_inside):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(x)
+            loss = out.float().square().mean()
+            if backward_inside:
+                loss.backward()
+        if not backward_inside:
+            loss.backward()
+        assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+        return [p.grad.clone() for p in lora_parameters(model)]
+
+    exact = gradients(False, False)
+    for inside in (False, True):
+        for gradient, expected in zip(gradients(True, inside), exact, strict=True):
+            assert gradient.dtype == torch.float32
+            torch.testing.assert_close(gradient, expected, atol=0.03 * expected.abs().max().item(), rtol=0.1)
+
+
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
 def test_the_dropout_mask_drops_the_share_that_was_asked_for_anywhere(dropout):
     torch.manual_seed(0)

@@ -93,6 +93,18 @@ def test_mask_runs_through_the_first_eos_and_comes_from_eos_alone():
     assert torch.equal(ppo.response_mask(responses, eos_token_id=2), expected)
 
 
+def test_a_response_ends_at_the_first_of_several_eos_ids():
+    responses = torch.tensor([[5, 6, 2, 5], [4, 2, 6, 6], [3, 4, 5, 3]])
+    expected = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    for ends in ((2, 6), [6, 2]):
+        assert torch.equal(ppo.response_mask(responses, ends), expected)
+    assert torch.equal(ppo.response_mask(responses, [2]), ppo.response_mask(responses, 2))
+    assert ppo.response_mask(responses, []).all()
+    rollout = collect(TinyLM(), tiny_models()[2], small_config(), generate=lambda p, m: responses, eos_token_id=[2, 6],
+                      batch=(torch.full((3, 1), 4), torch.ones(3, 1, dtype=torch.long)))
+    assert rollout.finished.tolist() == [True, True, False] and torch.equal(rollout.mask, expected)
+
+
 def test_pad_equal_to_eos_gives_the_same_rollout():
     policy, _, value = tiny_models()
     config = small_config()
@@ -652,7 +664,13 @@ def test_beta_rises_when_the_kl_is_above_target_and_moves_by_a_fifth_at_most():
 
 
 def test_the_learning_rate_warms_up_and_decays_once_per_ppo_step():
-    config = PPOConfig(learning_rate=1.0, warmup_steps=2)
-    rates = [ppo.learning_rate(step, 5, config) for step in range(1, 6)]
-    assert rates == pytest.approx([0.5, 1.0, 0.75, 0.5, 0.25])
-    assert ppo.learning_rate(1, 3, replace(config, warmup_steps=0)) == 1.0
+    config = PPOConfig(learning_rate=1.0, warmup_steps=2, lr_steps=5)
+    rates = [ppo.learning_rate(step, config) for step in range(1, 8)]
+    assert rates == pytest.approx([0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0])
+    assert ppo.learning_rate(1, replace(config, warmup_steps=0)) == 1.0
+
+
+def test_the_papers_learning_rate_is_still_seven_eighths_of_its_peak_at_step_100():
+    """The released code decays over 781 steps: at step 100 (781 − 100 + 1) / (781 − 5 + 1) of the peak is left."""
+    assert PPOConfig().lr_steps == 20_000 * 10 // 256 == 781
+    assert ppo.learning_rate(100, PPOConfig()) == pytest.approx(1e-5 * 682 / 777)

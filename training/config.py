@@ -24,7 +24,7 @@ TINY = Path(__file__).resolve().parent.parent / "tiny"
 # rate, shorter texts and fewer steps.
 TINY_PRESET = {
     "policy": str(TINY / "sft"), "reward": str(TINY / "reward"), "data": str(TINY / "data" / "ppo.json"),
-    "evaluation": str(TINY / "data" / "evaluation.json"), "prompt_template": "tiny", "steps": 25,
+    "evaluation": str(TINY / "data" / "evaluation.json"), "prompt_template": "tiny", "steps": 25, "lr_steps": 25,
     "response_length": 80, "temperature": 0.7, "learning_rate": 5e-4, "rollout_batch_size": 128, "step_batch_size": 64,
     "micro_batch_size": 32, "rollout_micro_batch_size": 128,
 }
@@ -75,6 +75,9 @@ class RunConfig:
         if self.adapter and self.tuning == "full":
             raise ValueError(f"adapter {self.adapter} with tuning full: python lora.py merge makes one model of both, to name as "
                              "--policy")
+        if self.steps > self.ppo.lr_steps:
+            raise ValueError(f"steps is {self.steps}: must be at most lr_steps {self.ppo.lr_steps}, where the learning rate "
+                             f"is 0; --lr-steps {self.steps} lets it fall more slowly")
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -153,14 +156,16 @@ def build_config(given: Mapping[str, Any]) -> RunConfig:
 
 
 def stored_config(given: Mapping[str, Any]) -> RunConfig:
-    """The configuration of the run in given["out"]; a flag that contradicts it is an error, since the run would be another."""
+    """The configuration of the run in given["out"]. More steps than it has extend it; any other flag that contradicts it is an
+    error, since the run would be another one."""
     out = Path(given["out"]) if "out" in given else Path(build_config(given).out)
     stored = read_config(out / "config.json") | {"out": str(out)}
     for name, value in given.items():
-        if name != "out" and stored.get(name) != value:
-            raise ValueError(f"--resume: --{name.replace('_', '-')} {value} differs from the run's {stored.get(name)}: "
-                             "leave the flag away, or start a new run in another --out")
-    return RunConfig.from_dict(stored)
+        if name == "out" or stored.get(name) == value or name == "steps" and value > stored["steps"]:
+            continue
+        raise ValueError(f"--resume: --{name.replace('_', '-')} {value} differs from the run's {stored.get(name)}: "
+                         "leave the flag away, or start a new run in another --out")
+    return RunConfig.from_dict(stored | {"steps": given.get("steps", stored["steps"])})
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -173,6 +178,7 @@ def read_config(file: Path) -> dict[str, Any]:
             raise ValueError(f"holds a {type(stored).__name__}, not an object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: is no configuration of a run ({error})") from None
+    stored.setdefault("lr_steps", stored.get("steps"))  # before there was such a field the rate fell to 0 at the last step
     for f in FIELDS:
         if f.name not in stored:
             raise ValueError(f"{file}: lacks {f.name}: written by another version of train.py")

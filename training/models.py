@@ -140,6 +140,12 @@ def resolve_devices(policy_device: str | None, reference_device: str | None) -> 
     return policy, reference, f"placement: policy, value → {policy}; reference, reward → {reference}{note}"
 
 
+def same_kernels(first: str, second: str) -> bool:
+    """Whether equal inputs give equal numbers on both: two names of one device, or two GPUs of one model."""
+    a, b = torch.device(first), torch.device(second)
+    return a.type == b.type and (a.type != "cuda" or torch.cuda.get_device_name(a) == torch.cuda.get_device_name(b))
+
+
 def full_name(device: str) -> str:
     """torch's "cuda" is the first of them."""
     return "cuda:0" if device == "cuda" else device

@@ -58,15 +58,15 @@ class StepProgress:
 
 
 LEGEND = """reward: the reward model's score; shaped: less beta · penalty (Eq. 3); k1, k3, KL: nats per token to the reference,
-two estimates and the true one on 8 to 32 responses; clip: share of tokens clipped; grad: norm before clipping; s: seconds to
-generate + score + update"""
+two estimates and the true one on 8 to 32 responses; clip: share of tokens clipped; grad: norm before clipping; lr: learning
+rate; s: seconds to generate + score + update"""
 
 
 def step_line(m: dict) -> str:
     """The line a step prints."""
     return (f"step {m['step']:4d}  reward {m['score_mean']:6.3f}  shaped {m['shaped_reward']:6.3f}  k1 {m['kl_k1']:7.4f}  "
             f"k3 {m['kl_k3']:6.4f}  KL {m['true_kl']:6.4f}  tokens {m['length']:5.1f}  clip {m['clip_fraction']:5.3f}  "
-            f"v-loss {m['value_loss']:6.4f}  grad {m['grad_norm']:6.3f}  "
+            f"v-loss {m['value_loss']:6.4f}  grad {m['grad_norm']:6.3f}  lr {m['learning_rate']:.1e}  "
             f"s {m['seconds_generate']:.1f}+{m['seconds_score']:.1f}+{m['seconds_update']:.1f}")
 
 

@@ -244,7 +244,7 @@ def test_every_dtype_takes_log_probabilities_and_losses_in_float32():
 
 
 def test_a_self_check_that_fails_is_one_line(world, tmp_path, monkeypatch, capsys):
-    found = {"ratio_error": 0.0, "ratio_error_mean": 0.0, "reference_gap": float("nan")}
+    found = {"ratio_error": 0.0, "ratio_error_mean": 0.0, "reference_gap": float("nan"), "reference_gap_mean": float("nan")}
     monkeypatch.setattr(ppo, "self_check", lambda *a: found)
     given = {k: v for k, v in settings(world, tmp_path / "run").items() if k != "evaluation"}
     code, _, err = program(monkeypatch, capsys, *to_flags(given))
