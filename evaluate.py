@@ -68,6 +68,7 @@ def evaluate_folder(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
         raise FileNotFoundError(f"{folder}: neither a run folder (config.json) nor an adapter (adapter_config.json)")
     judges = llm_judges(args) if args.judge == "openai" else None  # a wrong address is said before models are loaded
     run, policies = (open_adapter if adapter else open_run)(folder, args)
+    run.evaluation_length = args.max_tokens or run.evaluation_length
     tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
     benchmark = open_benchmark(args, run, tokenizer)
     passages = load_passages(args.passages) if args.passages else None
@@ -246,6 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--data", help="evaluation instructions with reference outputs (default: the run's)")
     run.add_argument("--reward", metavar="FILE.py:RULE", help="the run's own rule, which is code and runs only when it is named")
     run.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N of them")
+    run.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: as in training; the released code: 512)")
     run.add_argument("--kl-tokens", type=int, default=28_000, metavar="N", help="tokens on which the true KL is measured, in the "
                      "policy's own answers (default: %(default)s, the paper's)")
     judge = run.add_argument_group("win rate")
@@ -290,8 +292,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(args: argparse.Namespace) -> None:
     """Contradictions between the flags of `run`."""
-    for name, low in (("limit", 0), ("kl_tokens", 1), ("parallel", 1)):
-        if getattr(args, name) < low:
+    for name, low in (("limit", 0), ("kl_tokens", 1), ("parallel", 1), ("max_tokens", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
     if not args.judge_timeout > 0:
         raise ValueError(f"--judge-timeout {args.judge_timeout}: must be above 0")

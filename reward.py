@@ -604,11 +604,16 @@ def load_groups(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Group], 
     return [groups[i] for i in order[n:]], [groups[i] for i in order[:n]]
 
 
-def save_reward_model(model: RewardModel, folder: Path, tokenizer: Any) -> None:
-    """Write the reward model, LoRA merged, and the tokenizer of its base."""
-    from lora import merge_lora
+def merge_for_storing(model: nn.Module) -> None:
+    """Folds an adapter into its base, in float32: rounded to bf16, nearly half of what a short training has changed is lost."""
+    from lora import lora_layers, merge_lora
 
-    merge_lora(model.backbone)
+    if lora_layers(model):
+        merge_lora(model.float())
+
+
+def save_reward_model(model: RewardModel, folder: Path, tokenizer: Any) -> None:
+    """Write the reward model and the tokenizer of its base."""
     if model.backbone.config.pad_token_id is None:
         model.backbone.config.pad_token_id = tokenizer.pad_token_id  # transformers finds the last token by it
     model.save_pretrained(folder)
@@ -628,6 +633,7 @@ def run(args: argparse.Namespace) -> None:
         model = RewardModel(load_base(args, args.base))
         check_vocabulary(tokenizer, model.backbone.config.vocab_size, f"--base {args.base}")
         train_reward(model, groups, training_config(args, LEARNING_RATES), held_out=held_out, pad_token_id=tokenizer.pad_token_id)
+        merge_for_storing(model.backbone)  # before standardising: its scores are to be those of what is stored
         # Outputs of preference data are samples of the SFT model; held-out ones weren't fitted, so their spread is honest.
         samples = [sequence for group in held_out or groups for sequence in group.sequences]
         mean, std = standardise(model, samples, tokenizer.pad_token_id)

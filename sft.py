@@ -35,9 +35,10 @@ from tqdm import tqdm
 from data import encode_pair, load_instructions
 from formats.tokenizer import check_vocabulary, describe_tokenizer, load_tokenizer
 from formats.write import new_folder
-from lora import lora_layers, merge_lora, save_lora
+from lora import lora_layers, save_lora
 from model import Llama
-from reward import TrainingConfig, length_batches, load_base, training_config, training_flags, warmup_cosine
+from reward import (TrainingConfig, length_batches, load_base, merge_for_storing, training_config, training_flags,
+                    warmup_cosine)
 
 LEARNING_RATES = {"full": 2e-5, "lora": 1e-4}  # --tuning; the first is AlpacaFarm's
 SFT = TrainingConfig(epochs=3, batch_size=128, learning_rate=LEARNING_RATES["full"])
@@ -189,7 +190,7 @@ def save_model(model: Llama, folder: Path, tokenizer: Any) -> None:
     """Write a whole model that every other program takes as it is, and the adapter, if there is one, alone beside it."""
     if lora_layers(model):
         save_lora(model, folder / "adapter")
-        merge_lora(model)
+    merge_for_storing(model)
     model.save_pretrained(folder)
     tokenizer.save(folder)
 

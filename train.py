@@ -36,7 +36,8 @@ from training.checkpoint import (LINES, State, check_run_folder, checkpoints_lin
 from training.config import RunConfig, build_config, build_parser, stored_config
 from training.folder import append_line, cut_after, read_lines
 from training.interrupts import Interrupts, Stopped
-from training.models import Models, build_models, is_rule, require_device, resolve_devices, same_kernels
+from training.models import (Models, build_models, choose_dtype, is_rule, require_device, resolve_devices,
+                             same_kernels)
 from training.plan import plan_of
 from training.progress import LEGEND, StepProgress, describe_run, save_samples, step_line
 from training.watch import Watch
@@ -86,9 +87,13 @@ def train(run: RunConfig, resume: bool = False) -> Path:
 
 
 def place(run: RunConfig) -> str:
-    """Puts the models where they were asked for or else pinned, or where there is a device; returns a line that says so."""
+    """Puts the models where they were asked for or else pinned, or where there is a device; returns a line that says so.
+
+    config.json then holds what the run had: resumed elsewhere, "auto" could mean another dtype.
+    """
     asked = run.policy_device or POLICY_DEVICE, run.reference_device or REFERENCE_DEVICE
     run.policy_device, run.reference_device, line = resolve_devices(*asked)
+    run.dtype = str(choose_dtype(run, run.policy_device)).removeprefix("torch.")
     return line
 
 
@@ -170,7 +175,8 @@ def self_check(models: Models, rollout: ppo.Rollout, config: ppo.PPOConfig) -> N
         # bf16 rounds otherwise in a batch of another shape, by up to a third for single tokens: there the mean is what tells.
         ratio, ratio_tolerance = check["ratio_error_mean"], 0.1
         # Policy and reference read the very same batches: the same kernels give equal numbers.
-        same = same_kernels(models.policy_device, models.reference_device)
+        same = same_kernels(models.policy_device, models.reference_device) and \
+            models.reference.lm_head.weight.dtype == models.policy.lm_head.weight.dtype
         gap, gap_tolerance = (gap, 0.0) if same else (check["reference_gap_mean"], 0.1)
     line = (f"self-check over {int(rollout.mask.sum()):,} tokens: ratio 1 ± {check['ratio_error']:.1e} (mean "
             f"{check['ratio_error_mean']:.1e}), |log π − log π_ref| ≤ {check['reference_gap']:.1e} before the first update")

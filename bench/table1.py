@@ -25,7 +25,8 @@ ROWS = {  # name: (what Table 1 calls it, flags)
     "bregman": ("Bregman", ["--estimator", "bregman"]),
     "squared_error": ("squared error", ["--estimator", "squared_error"]),
     "jensen_shannon": ("Jensen-Shannon", ["--estimator", "jensen_shannon"]),
-    "none": ("no regularization", ["--estimator", "none"]),
+    "none": ("no regularization, dropout 0.1 as in the released command", ["--estimator", "none"]),
+    "nothing": ("no regularization at all, dropout 0", ["--estimator", "none", "--lora-dropout", "0"]),
     "dropout_only": ("dropout only (p = 0.5)", ["--estimator", "none", "--lora-dropout", "0.5"]),
     "negative_kl": ("negative KL (section 4's probe)", ["--estimator", "negative_kl"]),
 }

@@ -86,8 +86,9 @@ def evaluate_policy(models: Models, run: RunConfig, benchmark: Benchmark, label:
     measured beside it. label: for the progress bars.
     """
     with folded(models.policy):
-        answers = answer(models.policy, models.tokenizer, benchmark, max_new_tokens=run.ppo.response_length,
-                         temperature=run.ppo.temperature, seed=run.seed, label=label, kl_tokens=kl_tokens)
+        length = run.evaluation_length or run.ppo.response_length
+        answers = answer(models.policy, models.tokenizer, benchmark, max_new_tokens=length, temperature=run.ppo.temperature,
+                         seed=run.seed, label=label, kl_tokens=kl_tokens)
     return measure(models, run, benchmark, answers, estimators, kl_tokens or 28_000)
 
 

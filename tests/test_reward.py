@@ -443,3 +443,20 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_training(tmp_path, base
     assert reward.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"reward.py: --out {tmp_path / 'file' / 'x'}: no such folder") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_scores_are_standardised_as_they_are_stored(tmp_path, base_dir, capsys, dtype):
+    """A bf16 base and an adapter score otherwise than what they are merged to: mean and deviation must be the latter's."""
+    pair = {"input": "", "output_1": "Hello, moon!", "output_2": "No.", "preference": 1}
+    (tmp_path / "pairs.json").write_text(json.dumps([{"instruction": f"Say hello {i}", **pair} for i in range(8)]))
+    argv = ["--base", str(base_dir), "--data", str(tmp_path / "pairs.json"), "--out", str(tmp_path / "out"), "--held-out", "0.5",
+            "--prompt-template", "tiny", "--epochs", "4", "--learning-rate", "1e-2", "--device", "cpu", "--dtype", dtype]
+    assert reward.main(argv) == 0
+    from formats.tokenizer import load_tokenizer
+
+    _, held_out = reward.load_groups(reward.parse_args(argv), load_tokenizer(base_dir))
+    loaded = RewardModel.from_pretrained(tmp_path / "out")
+    raw = reward.score_all(loaded, [sequence for group in held_out for sequence in group.sequences]).double()
+    assert loaded.mean.item() == pytest.approx(raw.mean().item(), abs=1e-5)
+    assert loaded.std.item() == pytest.approx(raw.std(correction=0).item(), abs=1e-5)

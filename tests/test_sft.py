@@ -181,3 +181,18 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_training(tmp_path, mode
     assert sft.main(arguments(tmp_path, model_dir, "--out", str(tmp_path / "file" / "x"))) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"sft.py: --out {tmp_path / 'file' / 'x'}: no such folder can be made") and error.count("\n") == 1
+
+
+def test_a_bf16_base_loses_nothing_of_what_was_trained_when_it_is_merged(tmp_path, model_dir):
+    """A short training's update is as small as bf16's last bit: merged in bf16, much of it would be rounding."""
+    assert sft.main(arguments(tmp_path, model_dir, "--dtype", "bfloat16", "--learning-rate", "1e-6")) == 0
+    stored = Llama.from_pretrained(tmp_path / "out")
+    adapted = Llama.from_pretrained(model_dir, dtype=torch.bfloat16).float()
+    before = {name: p.clone() for name, p in adapted.named_parameters()}
+    load_lora(adapted, tmp_path / "out/adapter")
+    for name, weight in merge_lora(adapted).named_parameters():
+        if not name.endswith(("lora_A", "lora_B")):
+            assert torch.equal(stored.get_parameter(name), weight), name
+    q = "model.layers.0.self_attn.q_proj.weight"
+    update, rounded = stored.get_parameter(q) - before[q], stored.get_parameter(q).bfloat16().float() - before[q]
+    assert update.norm() > 0 and (rounded - update).norm() > 0.2 * update.norm()  # so it matters

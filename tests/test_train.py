@@ -53,7 +53,10 @@ def test_a_run_folder_holds_all_of_the_run(finished):
 def test_config_json_names_every_field_and_gives_the_run_back(finished, world):
     stored = json.loads((finished / "config.json").read_text())
     assert set(stored) == {f.name for f in FIELDS}
-    assert stored_config({"out": str(finished)}) == configured(world, finished)
+    run = configured(world, finished)
+    train.place(run)
+    assert stored_config({"out": str(finished)}) == run
+    assert run.dtype == "float32"  # not "auto", which means another one on another machine
 
 
 def test_metrics_have_one_line_a_step_with_finite_numbers(finished):
@@ -290,6 +293,33 @@ def test_two_devices_read_the_same_batches_so_that_equal_models_give_equal_numbe
     shutil.rmtree(cut / "step-0002")
     start({"out": str(cut)}, resume=True)
     assert_same_run(cut, tmp_path / "whole", "step-0002")
+
+
+def test_reference_and_reward_in_float32_beside_a_bf16_policy(world, tmp_path):
+    """As the released code has them; on one device nothing can then be shared."""
+    printed = start(settings(world, tmp_path / "run", dtype="bfloat16", reference_dtype="float32", steps=1, evaluation=None))
+    assert "bfloat16, reference and reward float32" in printed and "two models instead of four" not in printed
+    models = build_models(stored_config({"out": str(tmp_path / "run")}), load_tokenizer(world / "sft"))
+    assert (models.policy.lm_head.weight.dtype, models.reference.lm_head.weight.dtype) == (torch.bfloat16, torch.float32)
+    assert {p.dtype for p in models.reward_model.parameters()} == {torch.float32}
+
+
+def test_evaluations_may_be_longer_than_rollouts(world, tmp_path):
+    start(settings(world, tmp_path / "run", steps=1, response_length=2, evaluation_length=6))
+    [m], (before, _) = (records(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "evaluations"))
+    assert m["length"] <= 2 < before["tokens"]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_checkpoint_of_another_kind_of_device_is_refused_in_one_line(copy, monkeypatch, capsys, kind):
+    state = copy / "step-0003" / "trainer" / "state.pt"
+    stored = torch.load(state, weights_only=True)
+    stored["random"][kind] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(stored, state)
+    monkeypatch.setattr("training.folder.damage", lambda checkpoint: None)
+    code, error = call(monkeypatch, capsys, ["--resume", "--out", str(copy)])
+    assert code == 2 and error.count("\n") == 1
+    assert f"was written on {kind} and its random states mean nothing on cpu" in error and "--adapter" in error
 
 
 def test_recomputing_activations_changes_nothing(world, finished, tmp_path):

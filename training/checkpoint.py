@@ -63,10 +63,11 @@ def save_checkpoint(out: Path, run: RunConfig, models: Models, state: State) -> 
 
 def write_state(file: Path, models: Models, state: State) -> None:
     """Optimiser, position in the data, beta and every random state."""
+    kind = torch.device(models.policy_device).type
     random_states = {"torch": torch.get_rng_state(), "sampling": state.sampling.get_state(),
                      "shuffling": state.shuffling.get_state()}
-    if models.policy_device.startswith("cuda"):
-        random_states["cuda"] = torch.cuda.get_rng_state(models.policy_device)
+    if kind != "cpu":  # dropout draws there
+        random_states[kind] = torch.mps.get_rng_state() if kind == "mps" else torch.cuda.get_rng_state(models.policy_device)
     try:
         torch.save({"step": state.step, "beta": state.beta, "stream": state.stream.state_dict(), "random": random_states,
                     "optimizer": state.optimizer.state_dict()}, file)
@@ -123,16 +124,23 @@ def load_weights(run: RunConfig, models: Models, folder: Path) -> None:
 
 def load_checkpoint(run: RunConfig, models: Models, state: State, folder: Path) -> None:
     """Everything save_checkpoint wrote, back in place."""
-    load_weights(run, models, folder)
     stored = read_state(folder / "trainer" / "state.pt")
+    random_states, here = stored["random"], torch.device(models.policy_device).type
+    kind = next((kind for kind in ("cuda", "mps") if kind in random_states), "cpu")
+    if kind != here:
+        raise ValueError(f"--resume: {folder} was written on {kind} and its random states mean nothing on {here}: go on with "
+                         f"--policy-device {kind}, or start a new run from its policy, --adapter {folder / 'policy'}")
+    load_weights(run, models, folder)
     state.optimizer.load_state_dict(stored["optimizer"])
     state.stream.load_state_dict(stored["stream"])
     state.step, state.beta = stored["step"], stored["beta"]
-    torch.set_rng_state(stored["random"]["torch"])
-    state.sampling.set_state(stored["random"]["sampling"])
-    state.shuffling.set_state(stored["random"]["shuffling"])
-    if "cuda" in stored["random"]:
-        torch.cuda.set_rng_state(stored["random"]["cuda"], models.policy_device)
+    torch.set_rng_state(random_states["torch"])
+    state.sampling.set_state(random_states["sampling"])
+    state.shuffling.set_state(random_states["shuffling"])
+    if kind == "mps":
+        torch.mps.set_rng_state(random_states["mps"])
+    elif kind == "cuda":
+        torch.cuda.set_rng_state(random_states["cuda"], models.policy_device)
 
 
 # ------------------------------------------------------------------------------------------------ when a run ends early

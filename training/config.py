@@ -46,6 +46,8 @@ class RunConfig:
     evaluation: str | None = setting(None, "data and models", "", "evaluation instructions, for the before/after table")
     adapter: str | None = setting(None, "data and models", "", "trained adapter that the policy starts from and is compared to: "
                                   "a PEFT folder, or the paper's released .bin")
+    evaluation_length: int | None = setting(None, "data and models", "tokens", "longest answer in evaluations (the released code "
+                                            "takes 512); None: response_length", low=1)
     prompt_template: str = setting("alpaca", "data and models", "", "alpaca, tiny, chat (the tokenizer's own) or a JSON file")
     query_length: int = setting(192, "data and models", "tokens", "longer prompts are dropped", low=1)
     out: str | None = setting(None, "run", "", "run folder; None: runs/<estimator>-s<seed>")
@@ -59,6 +61,8 @@ class RunConfig:
     reference_device: str | None = setting(None, "placement", "", "holds reference and reward; None: alike")
     dtype: str = setting("auto", "placement", "", "of frozen weights; auto: bfloat16 on a GPU, float32 on a CPU",
                          ("auto", "float32", "bfloat16", "float16"))
+    reference_dtype: str = setting("same", "placement", "", "of reference and reward (the released code: float32); same: dtype",
+                                   ("same", "float32", "bfloat16", "float16"))
     tuning: str = setting("lora", "tuned weights", "", "lora, or full fine-tuning of policy and value", ("lora", "full"))
     lora_rank: int = setting(8, "tuned weights", "", "rank k of B A (Eq. 1)", low=1)
     lora_alpha: float = setting(64.0, "tuned weights", "", "the update is scaled by alpha / rank", above=0)
@@ -178,7 +182,8 @@ def read_config(file: Path) -> dict[str, Any]:
             raise ValueError(f"holds a {type(stored).__name__}, not an object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: is no configuration of a run ({error})") from None
-    stored.setdefault("lr_steps", stored.get("steps"))  # before there was such a field the rate fell to 0 at the last step
+    # What runs did before there were such fields.
+    stored = {"lr_steps": stored.get("steps"), "reference_dtype": "same", "evaluation_length": None} | stored
     for f in FIELDS:
         if f.name not in stored:
             raise ValueError(f"{file}: lacks {f.name}: written by another version of train.py")

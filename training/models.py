@@ -159,6 +159,11 @@ def choose_dtype(run: RunConfig, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+def reference_dtype(run: RunConfig, dtype: torch.dtype) -> torch.dtype:
+    """Of reference and reward, where the policy's weights are of `dtype`."""
+    return dtype if run.reference_dtype == "same" else getattr(torch, run.reference_dtype)
+
+
 # ------------------------------------------------------------------------------------------------------------- building
 
 
@@ -166,15 +171,18 @@ def build_models(run: RunConfig, tokenizer: Any) -> Models:
     """Loads policy, value, reference and reward and puts each on its device."""
     policy_device, reference_device, _ = resolve_devices(run.policy_device, run.reference_device)
     dtype = choose_dtype(run, policy_device)
-    shared = run.tuning == "lora" and policy_device == reference_device
+    frozen_dtype = reference_dtype(run, dtype)
+    shared = run.tuning == "lora" and policy_device == reference_device and frozen_dtype == dtype
     notes = [str(dtype).removeprefix("torch.")
+             + (f", reference and reward {str(frozen_dtype).removeprefix('torch.')}" if frozen_dtype != dtype else "")
              + ("; one device: frozen weights are shared, two models instead of four" if shared else "")]
 
     policy = load_policy(run, tokenizer, dtype, policy_device, notes)
     reference = policy
     if not shared:
-        reference = Llama.from_pretrained(run.policy, dtype=dtype, device=reference_device, progress=True).requires_grad_(False)
-    reward_model, score, its_ids = load_reward(run, tokenizer, dtype, reference_device, notes)
+        reference = Llama.from_pretrained(run.policy, dtype=frozen_dtype, device=reference_device, progress=True)
+        reference.requires_grad_(False)
+    reward_model, score, its_ids = load_reward(run, tokenizer, frozen_dtype, reference_device, notes)
     if not its_ids:
         notes.append("value: starts from the policy's weights, as there is no reward model with the policy's tokenizer")
         backbone = second_model(policy, own_weights=run.tuning == "full")

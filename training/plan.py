@@ -22,7 +22,7 @@ from formats.read import local_copy, open_checkpoint
 from model import LlamaConfig
 from reward import open_backbone
 from training.config import RunConfig
-from training.models import choose_dtype, is_rule
+from training.models import choose_dtype, is_rule, reference_dtype
 
 GIB = 2**30
 PROGRAM = 0.35 * GIB  # resident after the imports of train.py, Linux
@@ -70,9 +70,10 @@ def plan(run: RunConfig, policy: Any, critic: Any) -> dict[str, dict[str, float]
     The reward model has the critic's shape. On one device with LoRA the frozen weights stand once (models.build_models).
     """
     config, rank, targets = run.ppo, run.lora_rank, run.targets
-    size = choose_dtype(run, run.policy_device).itemsize
+    dtype = choose_dtype(run, run.policy_device)
+    size, frozen = dtype.itemsize, reference_dtype(run, dtype)
     cpu, full = run.policy_device == "cpu", run.tuning == "full"
-    shared = run.policy_device == run.reference_device and not full
+    shared = run.policy_device == run.reference_device and not full and frozen == dtype
     P, T, micro = run.query_length, config.response_length, config.micro_batch_size
     weights = size * (parameters(policy) + parameters(critic))
     trained = parameters(policy) + parameters(critic) if full else \
@@ -108,7 +109,7 @@ def plan(run: RunConfig, policy: Any, critic: Any) -> dict[str, dict[str, float]
     memory = {run.policy_device: here}
     if not shared:
         read = micro * (P + T) * (3 * size * policy.intermediate_size + 8 * D) + 2 * size * micro * T * policy.vocab_size
-        other = {"frozen weights, reference and reward": weights, "reading": read}
+        other = {"frozen weights, reference and reward": weights * frozen.itemsize / size, "reading": read}
         if run.reference_device == run.policy_device:
             here |= other
         else:
