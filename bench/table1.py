@@ -4,7 +4,8 @@
     python bench/table1.py --only bregman none --seeds 0     # some of it; finished runs are not run again
 
 Each cell is one `python train.py` on the miniature world; flags behind `--` go to every run. The table goes to
-<out>/table1.md, and the runs lie beside it. Win rates are means over seeds with the paper's bootstrap error;
+<out>/table1.md, and the runs lie beside it. Win rates are means over seeds with the paper's bootstrap error, in brackets the error
+over seeds and instructions both;
 "gain" is the paired difference to SFT on the 805 evaluation instructions, seed by seed, in points and in its standard errors.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluation.statistics import bootstrap, paired_difference  # noqa: E402
+from evaluation.statistics import bootstrap, bootstrap_crossed, paired_difference  # noqa: E402
 from training.folder import read_lines  # noqa: E402
 
 ROWS = {  # name: (what Table 1 calls it, flags)
@@ -63,7 +64,8 @@ def summarise(name: str, folders: list[Path]) -> str:
     def mean(key: str, digits: int) -> str:
         return f"{sum(a[key] for a in after) / len(after):.{digits}f}"
 
-    spread = f"{rate:.1f} ± {error:.1f}" if len(folders) > 1 else f"{rate:.1f} (one seed)"
+    honest = bootstrap_crossed([a["preferences"] for a in after])[1]
+    spread = f"{rate:.1f} ± {error:.1f} ({honest:.1f})" if len(folders) > 1 else f"{rate:.1f} (one seed)"
     return (f"| {ROWS[name][0]} | {spread} | {', '.join(gains)} | {mean('true_kl', 3)} | {mean('reward', 2)} | "
             f"{mean('tokens', 1)} | {mean('fact_precision', 1)} | {mean('repeats', 2)} |")
 

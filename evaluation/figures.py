@@ -188,6 +188,7 @@ def fit_in_words(fit: Bend | None) -> str:
         return "Too few points for a fit of reward over √KL."
     line = f"Reward is {fit.intercept:.2f} + {fit.slope:.2f} · √KL (R² {fit.r_squared:.2f})"
     if fit.corner is None:
-        return line + " over all points: a bend would not fit better (BIC). So the reward itself shows no over-optimisation."
+        return line + (f" over all points; no bend is found (p = {fit.p:.2f})." if fit.p is not None
+                       else " over all points, which are too few to look for a bend.")
     way = "falls" if fit.slope_after < -0.1 * abs(fit.slope) else "is flat" if fit.slope_after < 0.25 * fit.slope else "goes on"
-    return line + f" up to √KL = {fit.corner:.2f}; beyond, it {way} (slope {fit.slope_after:.2f})."
+    return line + f" up to √KL = {fit.corner:.2f}; beyond, it {way} (slope {fit.slope_after:.2f}; p = {fit.p:.3f})."

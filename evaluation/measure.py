@@ -104,7 +104,9 @@ def measure(models: Models, run: RunConfig, benchmark: Benchmark, answers: Answe
             estimators: dict[str, Callable] | None = None, kl_tokens: int = 28_000) -> dict[str, Any]:
     """The figures of one policy, from what it answered, with the responses as text."""
     tokenizer, prompts, responses = models.tokenizer, benchmark.prompts, answers.responses
-    lengths, values = token_divergences(models.actors(run.ppo), prompts + answers.more_prompts, responses + answers.more,
+    asked, answered = prompts + answers.more_prompts, responses + answers.more
+    order = random.Random(run.seed).sample(range(len(asked)), len(asked))  # the first tokens are then a sample of all
+    lengths, values = token_divergences(models.actors(run.ppo), [asked[i] for i in order], [answered[i] for i in order],
                                         run.ppo.temperature, estimators, kl_tokens)
     kl, kl_se = per_token(lengths, values["true_kl"])
     tokens, tokens_se = mean_and_error([len(r) for r in responses])

@@ -47,8 +47,11 @@ def paired_difference(before: Sequence[float | None], after: Sequence[float | No
     """(after − before in win-rate points, its standard error) over the examples that both judged.
 
     Both models answered the same instructions, so the difference example by example varies less than two win rates do.
+    Raises ValueError where there is no such example.
     """
     both = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
+    if not both:
+        raise ValueError("paired_difference: no example was judged both before and after")
     return mean_and_error([100 * (half_for_tie(a) - half_for_tie(b)) for b, a in both])
 
 
@@ -56,7 +59,8 @@ def bootstrap(values_per_run: Sequence[float | Sequence[float]], n: int = 1000, 
     """(mean, standard error) over several runs, the paper's "mean and standard error with bootstrap sampling" (Table 1).
 
     values_per_run: a figure a run, such as its win rate, or a list of values a run, whose mean then stands for it. Runs
-    are drawn with replacement n times; the error is the deviation of the drawn means.
+    are drawn with replacement n times; the error is the deviation of the drawn means. Of few runs it is too small, by
+    sqrt((runs − 1) / runs), 0.82 for three, and knows nothing of the instructions: bootstrap_crossed does.
     """
     if not values_per_run:
         raise ValueError("bootstrap: values_per_run is empty; give one value, or one list of values, for each run")
@@ -65,6 +69,23 @@ def bootstrap(values_per_run: Sequence[float | Sequence[float]], n: int = 1000, 
     drawn = [sum(rng.choices(means, k=len(means))) / len(means) for _ in range(n)]
     centre = sum(drawn) / n
     return sum(means) / len(means), math.sqrt(sum((d - centre) ** 2 for d in drawn) / (n - 1))
+
+
+def bootstrap_crossed(preferences_per_run: Sequence[Sequence[float | None]], n: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """(mean win rate in %, standard error) over several runs that answered the same instructions: both might have been others.
+
+    preferences_per_run[r][i] is a judge's preference (win_rate's values) for run r and instruction i. Runs and instructions
+    are drawn with replacement, the same draw of instructions for every drawn run (Owen 2007, the pigeonhole bootstrap).
+    """
+    wins = torch.tensor([[math.nan if p is None else 100 * (half_for_tie(p) - 1) for p in run] for run in preferences_per_run],
+                        dtype=torch.float64)  # (runs, instructions)
+    judged = ~wins.isnan()
+    draw = torch.Generator().manual_seed(seed)
+    counts = [torch.zeros(n, size, dtype=torch.float64).scatter_add_(
+        1, torch.randint(size, (n, size), generator=draw), torch.ones(n, size, dtype=torch.float64)) for size in wins.shape]
+    totals = ((counts[0] @ wins.nan_to_num(0.0)) * counts[1]).sum(1)
+    means = totals / ((counts[0] @ judged.double()) * counts[1]).sum(1)
+    return wins[judged].mean().item(), means[means.isfinite()].std().item()  # a draw may hold nothing that was judged
 
 
 def ratio_and_error(totals: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
@@ -84,51 +105,56 @@ def ratio_and_error(totals: Sequence[float], counts: Sequence[float]) -> tuple[f
 
 
 class Bend(NamedTuple):
-    """y = intercept + slope · x up to x = corner, then on with slope_after; corner None: one line fits as well."""
+    """y = intercept + slope · x up to x = corner, then on with slope_after; corner None: no bend was found."""
 
     intercept: float
     slope: float
     corner: float | None
     slope_after: float
     r_squared: float  # of the part before the corner
+    p: float | None   # how often a straight line with noise looks as bent as this; None: too few points to say
 
     def __call__(self, x: float) -> float:
         beyond = max(0.0, x - self.corner) if self.corner is not None else 0.0
         return self.intercept + self.slope * x + (self.slope_after - self.slope) * beyond
 
 
-def fit_bend(x: Sequence[float], y: Sequence[float], fewest: int = 3) -> Bend | None:
+FEWEST = 5  # points on either side of a corner
+
+
+def fit_bend(x: Sequence[float], y: Sequence[float], level: float = 0.05, draws: int = 499) -> Bend | None:
     """Least squares of a line with at most one bend; None for fewer than 3 points or all at one x.
 
-    Every corner that leaves `fewest` points on either side is tried at 200 places. The bend stays where BIC, which charges
-    for its two further parameters, prefers it to the straight line.
+    Equal points count once: runs that start from one model share their first. Every corner that leaves FEWEST points on
+    either side is tried at 100 places. The largest gain of them is held against the largest that the same search finds in
+    `draws` straight lines with normal noise at the same x (the ratio of residuals depends on neither line nor noise level):
+    the bend stays where at most `level` of them gain as much, and a straight line is called bent in as many cases.
     """
-    xs, ys = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    if len(x) < 3 or xs.max() == xs.min():
+    points = sorted(set(zip(x, y, strict=True)))
+    if len(points) < 3 or points[0][0] == points[-1][0]:
         return None
-    n = len(x)
+    xs, ys = torch.tensor(points, dtype=torch.float64).unbind(1)
+    ones, n = torch.ones_like(xs), len(points)
+    straight = torch.stack([ones, xs], 1)
+    corner = p = None
+    if n >= 2 * FEWEST and xs[FEWEST - 1] < xs[-FEWEST]:
+        places = torch.linspace(xs[FEWEST - 1].item(), xs[-FEWEST].item(), 100, dtype=torch.float64)
+        bent = torch.stack([straight.expand(100, n, 2)[..., 0], xs.expand(100, n), (xs - places[:, None]).clamp(min=0)], 2)
+        noise = torch.randn(n, draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        columns = torch.cat([ys[:, None], noise], 1)  # (n, 1 + draws): the data first
+        residuals = unexplained(bent, columns)        # (places, 1 + draws)
+        gains = unexplained(straight[None], columns)[0] / residuals.amin(0).clamp(min=1e-300)
+        p = (1 + (gains[1:] >= gains[0]).sum().item()) / (1 + draws)
+        corner = places[residuals[:, 0].argmin()].item() if p <= level else None
+    design = straight if corner is None else torch.cat([straight, (xs - corner).clamp(min=0)[:, None]], 1)
+    weights = torch.linalg.lstsq(design, ys[:, None]).solution[:, 0].tolist()
+    part = xs <= corner if corner is not None else ones.bool()
+    rest = (ys[part] - weights[0] - weights[1] * xs[part]).square().sum().item()
+    total = (ys[part] - ys[part].mean()).square().sum().item()
+    return Bend(weights[0], weights[1], corner, sum(weights[1:]), 1 - rest / total if total else 1.0, p)
 
-    def solve(corner: float | None) -> tuple[float, Tensor]:
-        columns = [torch.ones_like(xs), xs] + ([(xs - corner).clamp(min=0)] if corner is not None else [])
-        design = torch.stack(columns, 1)
-        weights = torch.linalg.lstsq(design, ys[:, None]).solution[:, 0]
-        return (design @ weights - ys).square().sum().item(), weights
 
-    def bic(residual: float, parameters: int) -> float:
-        return n * math.log(max(residual, 1e-12) / n) + parameters * math.log(n)
-
-    residual, weights = solve(None)
-    order = xs.sort().values
-    corner = None
-    if n >= 2 * fewest:
-        places = torch.linspace(order[fewest - 1].item(), order[-fewest].item(), 200).tolist()
-        bent = min(((*solve(place), place) for place in places), key=lambda fit: fit[0])
-        if bic(bent[0], 4) < bic(residual, 2):
-            _, weights, corner = bent
-    intercept, slope = weights[0].item(), weights[1].item()
-    before = xs <= corner if corner is not None else torch.ones_like(xs, dtype=torch.bool)
-    part = ys[before]
-    unexplained = (part - intercept - slope * xs[before]).square().sum().item()
-    total = (part - part.mean()).square().sum().item()
-    return Bend(intercept, slope, corner, slope + weights[2].item() if corner is not None else slope,
-                1 - unexplained / total if total else 1.0)
+def unexplained(designs: Tensor, columns: Tensor) -> Tensor:
+    """Residual sums of squares of each column (n, C) under each design (K, n, parameters): (K, C)."""
+    q, _ = torch.linalg.qr(designs)
+    return columns.square().sum(0) - (q.mT @ columns).square().sum(1)

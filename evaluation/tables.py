@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from evaluation.results import NAMES, Configuration
-from evaluation.statistics import bootstrap, mean_and_error, paired_difference
+from evaluation.statistics import bootstrap, bootstrap_crossed, mean_and_error, paired_difference
 
 ROWS = [("win rate, %", "win_rate", 1), ("pairs judged", "judged", 0), ("reward", "reward", 2),
         ("true KL, nats/token", "true_kl", 4), ("tokens", "tokens", 1), ("finished, %", "finished", 1),
@@ -35,9 +35,7 @@ def before_after(before: dict, after: dict, tasks: Sequence[dict], pairs: int = 
     """The table of two evaluations, the paired difference of their win rates, and some answers side by side."""
     lines = [format_table({"before": before, f"step {after['step']}": after})]
     if "preferences" in before:
-        difference, error = paired_difference(before["preferences"], after["preferences"])
-        in_errors = f", {difference / error:.1f} standard errors" if error else ""
-        lines.append(f"win rate after − before: {difference:+.1f} ± {error:.1f} points (paired over {before['n']}{in_errors})")
+        lines.append(f"win rate after − before: {difference_in_words(before['preferences'], after['preferences'])}")
     changed = [i for i in range(len(tasks)) if before["responses"][i] != after["responses"][i]]
     if changed:
         lines += ["", f"{min(pairs, len(changed))} of the {len(changed)} answers that changed, of {len(tasks)} in all:"]
@@ -45,6 +43,16 @@ def before_after(before: dict, after: dict, tasks: Sequence[dict], pairs: int = 
         asked = tasks[i]["instruction"] + (f" [{tasks[i]['input']}]" if tasks[i].get("input") else "")
         lines += ["", f"  {asked}", f"    before: {before['responses'][i]}", f"    after:  {after['responses'][i]}"]
     return "\n".join(lines)
+
+
+def difference_in_words(before: Sequence[float | None], after: Sequence[float | None]) -> str:
+    """The paired difference of two win rates."""
+    pairs = sum(b is not None and a is not None for b, a in zip(before, after, strict=True))
+    if not pairs:
+        return "not measured (no instruction was judged in both)"
+    difference, error = paired_difference(before, after)
+    in_errors = f", {difference / error:.1f} standard errors" if error else ""
+    return f"{difference:+.1f} ± {error:.1f} points (paired over {pairs}{in_errors})"
 
 
 def quality_table(result: dict) -> str:
@@ -71,12 +79,24 @@ def over_runs(evaluations: Sequence[dict], key: str) -> tuple[float, float] | No
     return bootstrap(values) if len(values) > 1 else (values[0], evaluations[0].get(key + "_se", 0.0))
 
 
+def win_rate_cell(evaluations: Sequence[dict]) -> str:
+    """The paper's figure, and for several runs in brackets the error over runs and instructions both."""
+    plain = cell(over_runs(evaluations, "win_rate"), 1)
+    preferences = [e["preferences"] for e in evaluations if "preferences" in e]
+    if len(evaluations) < 2 or len(preferences) < len(evaluations) or len(set(map(len, preferences))) > 1:
+        return plain
+    return f"{plain} ({bootstrap_crossed(preferences)[1]:.1f})"
+
+
 def gain(configuration: Configuration) -> tuple[float, float] | None:
     """Win rate over SFT's in points, paired by instruction: with its error for one run, over the runs for several."""
     pairs = [(run.evaluations[0].get("preferences"), run.evaluations[-1].get("preferences")) for run in configuration.runs]
     if not all(before and after for before, after in pairs):
         return None
-    gains = [paired_difference(before, after) for before, after in pairs]
+    try:
+        gains = [paired_difference(before, after) for before, after in pairs]
+    except ValueError:  # nothing was judged in both
+        return None
     return gains[0] if len(gains) == 1 else mean_and_error([g for g, _ in gains])
 
 
@@ -100,15 +120,16 @@ def table_1(configs: Sequence[Configuration]) -> Table:
     for c in configs:
         last = c.last()
         change = gain(c)
-        rows.append([c.adaptation, c.regularization, c.formula, cell(over_runs(last, "win_rate"), 1),
+        rows.append([c.adaptation, c.regularization, c.formula, win_rate_cell(last),
                      "–" if change is None else f"{change[0]:+.1f} ± {change[1]:.1f}", cell(over_runs(last, "true_kl"), 3),
                      cell(over_runs(last, "reward"), 2), cell(over_runs(last, "tokens"), 1), str(len(c.runs)),
                      "/".join(str(step) for step in sorted({e["step"] for e in last}))])
     judges = sorted({e.get("judge", "annotators") for e in sft if "win_rate" in e})
     caption = (f"Win rate against the reference outputs on {first['n']} evaluation instructions"
                + (f" (judge: {', '.join(judges)})" if judges else " (no judge: –)")
-               + ". ± is the standard error: over the instructions where there is one run, by bootstrap over runs where there "
-               "are several. Gain: points over SFT, paired by instruction. KL: true KL to SFT in nats per token.")
+               + ". ± is the standard error: over the instructions where there is one run, by bootstrap over runs where there are "
+               "several (the paper's; in brackets over runs and instructions both). Gain: points over SFT, paired by instruction. "
+               "KL: true KL to SFT in nats per token.")
     return Table("Table 1. Win rate by regularization", ["Adaptation", "Regularization", "Divergence estimator", "Win rate, %",
                                                          "Gain over SFT", "True KL", "Reward", "Tokens", "Runs", "Step"],
                  rows, caption)

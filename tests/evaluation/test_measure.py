@@ -116,6 +116,20 @@ def test_where_answers_have_too_few_tokens_for_the_true_kl_more_are_sampled(worl
     assert all(prompt in benchmark.prompts for prompt in more.more_prompts)
 
 
+def test_the_true_kl_is_read_in_a_seeded_order_not_from_the_top_of_the_file(world, monkeypatch):
+    """A file sorted by kind would give the KL of its first kinds."""
+    tokenizer = load_tokenizer(world / "sft")
+    run = RunConfig.from_dict({"policy": str(world / "sft"), "reward": str(world / "reward"), "response_length": 4,
+                               "policy_device": "cpu", "reference_device": "cpu"})
+    models = build_models(run, tokenizer)
+    benchmark, seen, honest = load_benchmark(world / "data" / "evaluation.json", tokenizer, "tiny", 192), [], token_divergences
+    monkeypatch.setattr(measure, "token_divergences", lambda actors, prompts, *rest: seen.append(prompts) or honest(
+        actors, prompts, *rest))
+    for _ in range(2):
+        measure.evaluate_policy(models, run, benchmark, "test")
+    assert seen[0] == seen[1] != benchmark.prompts and sorted(seen[0]) == sorted(benchmark.prompts)
+
+
 def test_rewards_come_in_the_order_of_the_responses():
     scores = measure_reward(lambda ids, mask, n: (ids * mask).sum(1).float(), PROMPTS, RESPONSES, pad_token_id=9,
                             device="cpu", batch_size=2)

@@ -10,7 +10,7 @@ import pytest
 from evaluation import report
 from evaluation.figures import fit_in_words
 from evaluation.results import configurations, load_run
-from evaluation.statistics import Bend, bootstrap, paired_difference, win_rate
+from evaluation.statistics import Bend, bootstrap, bootstrap_crossed, paired_difference, win_rate
 from evaluation.tables import table_1, table_2, table_3
 
 CONFIG = {"estimator": "bregman", "tuning": "lora", "lora_dropout": 0.1, "lora_rank": 8, "beta": 0.02, "learning_rate": 5e-4,
@@ -61,7 +61,8 @@ def test_table_1_has_the_bootstrap_over_runs_and_the_error_of_a_single_one(runs)
     column = header.index("Win rate, %")
     rates = [run.evaluations[-1]["win_rate"] for run in found[0].runs]
     mean, error = bootstrap(rates)
-    assert bregman[column] == f"{mean:.1f} ± {error:.1f}" and bregman[header.index("Runs")] == "3"
+    honest = bootstrap_crossed([run.evaluations[-1]["preferences"] for run in found[0].runs])[1]
+    assert bregman[column] == f"{mean:.1f} ± {error:.1f} ({honest:.1f})" and bregman[header.index("Runs")] == "3"
     single = found[1].runs[0].evaluations
     assert dropout[column] == f"{single[-1]['win_rate']:.1f} ± {single[-1]['win_rate_se']:.1f}"
     gain, gain_error = paired_difference(single[0]["preferences"], single[-1]["preferences"])
@@ -163,7 +164,8 @@ def test_runs_without_a_judge_are_reported_by_their_reward(tmp_path):
 
 
 def test_the_words_under_figure_3_follow_the_fit():
-    assert "the reward itself shows no over-optimisation" in fit_in_words(Bend(0, 1, None, 1, 0.9))
-    assert "beyond, it falls" in fit_in_words(Bend(0, 1, 0.4, -1, 0.9))
-    assert "beyond, it is flat" in fit_in_words(Bend(0, 1, 0.4, 0.05, 0.9))
-    assert "Too few points" in fit_in_words(None) and math.isclose(Bend(0, 1, 0.4, -1, 0.9)(0.5), 0.3)
+    assert "no bend is found (p = 0.31)" in fit_in_words(Bend(0, 1, None, 1, 0.9, 0.31))
+    assert "too few to look for a bend" in fit_in_words(Bend(0, 1, None, 1, 0.9, None))
+    assert "beyond, it falls" in fit_in_words(Bend(0, 1, 0.4, -1, 0.9, 0.01))
+    assert "beyond, it is flat" in fit_in_words(Bend(0, 1, 0.4, 0.05, 0.9, 0.01))
+    assert "Too few points" in fit_in_words(None) and math.isclose(Bend(0, 1, 0.4, -1, 0.9, 0.01)(0.5), 0.3)

@@ -45,6 +45,13 @@ def test_answers_that_did_not_change_are_not_shown_as_before_and_after():
     assert text.count("Question") == 1 and "Question 2?" in text
 
 
+def test_a_difference_that_nobody_measured_is_said_to_be_so():
+    before, after = evaluation(0, [1, 2]), evaluation(5, [2, 2])
+    before["preferences"], after["preferences"] = [1, None], [None, 2]
+    text = before_after(before, after, [{"instruction": "a"}, {"instruction": "b"}])
+    assert "win rate after − before: not measured (no instruction was judged in both)" in text
+
+
 def test_before_and_after_without_judges_shows_no_win_rate():
     before, after = ({"step": step, "n": 1, "tokens": 3.0, "responses": ["x"]} for step in (0, 5))
     assert "win rate" not in before_after(before, after, [{"instruction": "Say x."}])

@@ -5,8 +5,10 @@ import random
 from itertools import product
 
 import pytest
+import torch
 
-from evaluation.statistics import bootstrap, fit_bend, mean_and_error, paired_difference, ratio_and_error, win_rate
+from evaluation.statistics import (bootstrap, bootstrap_crossed, fit_bend, mean_and_error, paired_difference, ratio_and_error,
+                                   win_rate)
 
 # --- statistics ----------------------------------------------------------------------------------------------------
 
@@ -51,6 +53,35 @@ def test_paired_difference_by_hand():
 def test_the_paired_error_is_smaller_than_two_win_rates_would_have():
     before, after = [1, 2] * 50, [1, 2] * 49 + [2, 2]
     assert paired_difference(before, after)[1] < 0.2 * math.hypot(win_rate(before)[1], win_rate(after)[1])
+
+
+def test_a_paired_difference_without_pairs_is_said():
+    with pytest.raises(ValueError, match="no example was judged both before and after"):
+        paired_difference([1, None], [None, 2])
+
+
+def test_the_error_over_runs_and_instructions_is_that_of_simulated_studies():
+    """Runs and instructions with effects of their own: the deviation of many whole studies is what the error should be, and
+    the bootstrap over runs alone, which the paper reports, is too small by far."""
+    draw = torch.Generator().manual_seed(0)
+
+    def study():
+        runs, items = torch.randn(3, 1, generator=draw) * 0.3, torch.randn(1, 200, generator=draw) * 1.0
+        wins = torch.rand(3, 200, generator=draw) < torch.sigmoid(runs + items)
+        return (1.0 + wins.double()).tolist()
+
+    studies = [study() for _ in range(300)]
+    means = torch.tensor([bootstrap_crossed(s, n=2)[0] for s in studies])
+    crossed = sum(bootstrap_crossed(s, n=200)[1] for s in studies[:60]) / 60
+    over_runs = sum(bootstrap([win_rate(run)[0] for run in s])[1] for s in studies[:60]) / 60
+    assert crossed == pytest.approx(means.std().item(), rel=0.25)
+    assert over_runs < 0.8 * crossed
+
+
+def test_a_crossed_bootstrap_leaves_out_what_could_not_be_read_and_repeats_itself():
+    mean, error = bootstrap_crossed([[1, 2, None, 0], [2, 2, 1.5, None]])
+    assert mean == pytest.approx((0 + 100 + 50 + 100 + 100 + 50) / 6)
+    assert (mean, error) == bootstrap_crossed([[1, 2, None, 0], [2, 2, 1.5, None]]) and error > 0
 
 
 def test_pairs_of_unequal_number_are_refused():
@@ -105,8 +136,8 @@ def test_a_ratio_over_no_facts_at_all_is_not_a_number():
 # --- where the line breaks ---------------------------------------------------------------------------------------------
 
 
-def noisy(f, xs, deviation=0.02):
-    rng = random.Random(0)
+def noisy(f, xs, seed=0, deviation=0.02):
+    rng = random.Random(seed)
     return [f(x) + rng.gauss(0, deviation) for x in xs]
 
 
@@ -115,21 +146,32 @@ XS = [i / 20 for i in range(21)]
 
 def test_a_straight_line_has_no_bend():
     fit = fit_bend(XS, noisy(lambda x: 0.3 + 2 * x, XS))
-    assert fit.corner is None and fit.slope == fit.slope_after == pytest.approx(2, abs=0.05)
+    assert fit.corner is None and fit.slope == fit.slope_after == pytest.approx(2, abs=0.05) and fit.p > 0.05
     assert fit.r_squared > 0.99 and fit(0.5) == pytest.approx(1.3, abs=0.03)
 
 
 @pytest.mark.parametrize("after", [0.0, -1.5])
 def test_the_bend_is_found_where_it_is(after):
     fit = fit_bend(XS, noisy(lambda x: 2 * min(x, 0.4) + after * max(0, x - 0.4), XS))
-    assert fit.corner == pytest.approx(0.4, abs=0.04)
+    assert fit.corner == pytest.approx(0.4, abs=0.04) and fit.p <= 0.05
     assert fit.slope == pytest.approx(2, abs=0.2) and fit.slope_after == pytest.approx(after, abs=0.2)
     assert fit(0.9) == pytest.approx(0.8 + after * 0.5, abs=0.05)
 
 
+@pytest.mark.parametrize("n, starts", [(12, 1), (40, 1), (12, 8)])
+def test_a_straight_line_is_called_bent_in_one_case_of_twenty(n, starts):
+    """200 lines with noise, with one starting point or with the same one in eight runs: 5 % and three standard errors."""
+    xs = [i / n for i in range(n)]
+    bent = 0
+    for seed in range(200):
+        ys = noisy(lambda x: 1 + x, xs, seed, deviation=0.3)
+        bent += fit_bend([0.0] * (starts - 1) + xs, [ys[0]] * (starts - 1) + ys).corner is not None
+    assert bent / 200 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 200)
+
+
 def test_least_squares_by_hand():
     fit = fit_bend([0, 1, 2], [0, 2, 1])
-    assert (fit.intercept, fit.slope) == (pytest.approx(0.5), pytest.approx(0.5)) and fit.corner is None
+    assert (fit.intercept, fit.slope) == (pytest.approx(0.5), pytest.approx(0.5)) and fit.corner is None and fit.p is None
     assert fit.r_squared == pytest.approx(1 - 1.5 / 2)
 
 
