@@ -37,7 +37,7 @@ from evaluation.judges import (Endpoint, EndpointError, Judge, LLMJudge, ScoreJu
 from evaluation.measure import Benchmark, evaluate_policy, judged, load_benchmark, measure_reward
 from evaluation.results import merge_results, read_object, write_annotations, write_outputs
 from evaluation.statistics import bootstrap, win_rate
-from evaluation.tables import format_table, quality_table
+from evaluation.tables import changes_in_words, format_table, quality_table
 from formats.tokenizer import load_tokenizer
 from lora import load_lora, lora_layers
 from reward import RewardModel
@@ -313,6 +313,9 @@ def run_command(args: argparse.Namespace) -> None:
     check_options(args)
     results = evaluate_folder(args.folder, args)
     print(format_table(results))
+    first, *others = results.items()
+    for name, result in others:
+        print(f"{name} − {first[0]}, paired: {changes_in_words(first[1], result)}")
     last = list(results.values())[-1]
     if "estimators" in last:
         print("\n" + quality_table(last))

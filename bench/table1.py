@@ -4,9 +4,10 @@
     python bench/table1.py --only bregman none --seeds 0     # some of it; finished runs are not run again
 
 Each cell is one `python train.py` on the miniature world; flags behind `--` go to every run. The table goes to
-<out>/table1.md, and the runs lie beside it. Win rates are means over seeds with the paper's bootstrap error, in brackets the error
-over seeds and instructions both;
-"gain" is the paired difference to SFT on the 805 evaluation instructions, seed by seed, in points and in its standard errors.
+<out>/table1.md, and the runs lie beside it. Win rates are means over seeds with the paper's bootstrap error, in brackets the
+error over seeds and instructions both; "gain" is the paired difference to SFT on the 805 evaluation instructions, seed by seed,
+in points and in its standard errors. SFT is sampled once with each seed; the change of fact precision is paired by seed and
+question, its error is that over the seeds.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluation.statistics import bootstrap, bootstrap_crossed, paired_difference  # noqa: E402
+from evaluation.results import paired_changes  # noqa: E402
+from evaluation.statistics import bootstrap, bootstrap_crossed, mean_and_error  # noqa: E402
 from training.folder import read_lines  # noqa: E402
 
 ROWS = {  # name: (what Table 1 calls it, flags)
@@ -51,23 +53,26 @@ def run(name: str, seed: int, out: Path, extra: list[str]) -> None:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
+def figures(evaluations: list[dict], changes: list[dict]) -> str:
+    """The columns that SFT and the policies share: means over seeds."""
+    rate, error = bootstrap([e["win_rate"] for e in evaluations])
+    honest = bootstrap_crossed([e["preferences"] for e in evaluations])[1]
+    gains = [f"{c['win_rate']:+.1f} ({c['win_rate'] / c['win_rate_se']:.1f})" for c in changes]
+    facts = mean_and_error([c["fact_precision"] for c in changes]) if changes else None
+
+    def mean(key: str, digits: int) -> str:
+        return f"{sum(e[key] for e in evaluations) / len(evaluations):.{digits}f}"
+
+    return (f"{rate:.1f} ± {error:.1f} ({honest:.1f}) | {', '.join(gains)} | {mean('true_kl', 3)} | {mean('reward', 2)} | "
+            f"{mean('tokens', 1)} | {mean('fact_precision', 1)} | {f'{facts[0]:+.1f} ± {facts[1]:.1f}' if facts else ''} | "
+            f"{mean('repeats', 2)} |")
+
+
 def summarise(name: str, folders: list[Path]) -> str:
     """One row of the table."""
     pairs = [read_lines(folder / "evaluations.jsonl") for folder in folders]
-    after = [lines[-1] for lines in pairs]
-    rate, error = bootstrap([a["win_rate"] for a in after])
-    gains = []
-    for lines in pairs:
-        gain, gain_error = paired_difference(lines[0]["preferences"], lines[-1]["preferences"])
-        gains.append(f"{gain:+.1f} ({gain / gain_error:.1f})")
-
-    def mean(key: str, digits: int) -> str:
-        return f"{sum(a[key] for a in after) / len(after):.{digits}f}"
-
-    honest = bootstrap_crossed([a["preferences"] for a in after])[1]
-    spread = f"{rate:.1f} ± {error:.1f} ({honest:.1f})" if len(folders) > 1 else f"{rate:.1f} (one seed)"
-    return (f"| {ROWS[name][0]} | {spread} | {', '.join(gains)} | {mean('true_kl', 3)} | {mean('reward', 2)} | "
-            f"{mean('tokens', 1)} | {mean('fact_precision', 1)} | {mean('repeats', 2)} |")
+    changes = [paired_changes(lines[0], lines[-1]) for lines in pairs]
+    return f"| {ROWS[name][0]} | {figures([lines[-1] for lines in pairs], changes)}"
 
 
 def main() -> None:
@@ -89,11 +94,10 @@ def main() -> None:
     folders = {name: found for name, found in folders.items() if found}
     if not folders:
         sys.exit(f"table1.py: no finished run in {args.out}")
-    before = read_lines(next(iter(folders.values()))[0] / "evaluations.jsonl")[0]
+    before = [read_lines(folder / "evaluations.jsonl")[0] for folder in next(iter(folders.values()))]
     lines = ["| divergence estimator | win rate, % | gain over SFT by seed, points (standard errors) | true KL | reward | tokens "
-             "| fact precision, % | repeats |", "| --- | --- | --- | --- | --- | --- | --- | --- |",
-             f"| *SFT* | {before['win_rate']:.1f} ± {before['win_rate_se']:.1f} | | 0 | {before['reward']:.2f} | "
-             f"{before['tokens']:.1f} | {before['fact_precision']:.1f} | {before['repeats']:.2f} |"]
+             "| fact precision, % | its change | repeats |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+             f"| *SFT* | {figures(before, [])}"]
     lines += [summarise(name, found) for name, found in folders.items()]
     text = "\n".join(lines) + "\n"
     (args.out / "table1.md").write_text(text, encoding="utf-8")

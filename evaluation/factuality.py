@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 QUESTION = "Tell me a bio of {topic}."
 
@@ -36,8 +36,8 @@ class FactCount(NamedTuple):
     unread: int = 0          # facts whose check could not be read, not among the stated; 1 where their list could not be
 
 
-def fact_figures(counts: Sequence[FactCount]) -> dict[str, float]:
-    """Table 2's figures, in %, and facts an answer.
+def fact_figures(counts: Sequence[FactCount]) -> dict[str, Any]:
+    """Table 2's figures, in %, facts an answer, and fact_counts, (true, stated) of each answer, for paired differences.
 
     fact_precision weighs every fact alike: Σ true / Σ stated. factscore weighs every answer alike: the mean of true / stated
     over answers that don't abstain, FActScore's definition. Standard errors count answers, whose facts stand or fall
@@ -45,7 +45,7 @@ def fact_figures(counts: Sequence[FactCount]) -> dict[str, float]:
     """
     answered = [c for c in counts if c.stated]
     result = {"facts": sum(c.stated for c in counts) / max(1, len(counts)), "abstained": sum(c.abstained for c in counts),
-              "unread": sum(c.unread for c in counts)}
+              "unread": sum(c.unread for c in counts), "fact_counts": [[c.true, c.stated] for c in counts]}
     if not answered:
         return result
     stated = sum(c.stated for c in answered)

@@ -102,23 +102,26 @@ def judged(preferences: Sequence[float | None]) -> dict[str, Any]:
 
 def measure(models: Models, run: RunConfig, benchmark: Benchmark, answers: Answers,
             estimators: dict[str, Callable] | None = None, kl_tokens: int = 28_000) -> dict[str, Any]:
-    """The figures of one policy, from what it answered, with the responses as text."""
+    """The figures of one policy, from what it answered, with the responses as text; lengths, rewards and fact_counts stand
+    example by example, so that two policies can be compared in pairs."""
     tokenizer, prompts, responses = models.tokenizer, benchmark.prompts, answers.responses
     asked, answered = prompts + answers.more_prompts, responses + answers.more
     order = random.Random(run.seed).sample(range(len(asked)), len(asked))  # the first tokens are then a sample of all
     lengths, values = token_divergences(models.actors(run.ppo), [asked[i] for i in order], [answered[i] for i in order],
                                         run.ppo.temperature, estimators, kl_tokens)
     kl, kl_se = per_token(lengths, values["true_kl"])
-    tokens, tokens_se = mean_and_error([len(r) for r in responses])
+    own_lengths = [len(r) for r in responses]
+    tokens, tokens_se = mean_and_error(own_lengths)
     finished = [100.0 * (tokenizer.eos_token_id in r) for r in responses]
     result = {"n": len(benchmark.tasks), "true_kl": kl, "true_kl_se": kl_se, "kl_tokens": sum(lengths), "tokens": tokens,
-              "tokens_se": tokens_se, "finished": mean_and_error(finished)[0]}
+              "tokens_se": tokens_se, "finished": mean_and_error(finished)[0], "lengths": own_lengths}
     if estimators:
         result["estimators"] = estimator_quality(lengths, values)
     if models.score is not None:
         scores = measure_reward(models.reward, prompts, responses, pad_token_id=tokenizer.pad_token_id,
                                 device=models.reference_device)
         result["reward"], result["reward_se"] = mean_and_error(scores)
+        result["rewards"] = [round(score, 6) for score in scores]
     about = [tokenizer.decode(r) for r in answers.about]
     if about:
         result["about_tokens"], result["about_tokens_se"] = mean_and_error([len(r) for r in answers.about])
@@ -286,7 +289,7 @@ def join(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], p
     return torch.cat([ids, tokens], 1), torch.cat([mask, real], 1), tokens.shape[1]
 
 
-def measure_facts(tasks: Sequence[dict], texts: Sequence[str]) -> dict[str, float]:
+def measure_facts(tasks: Sequence[dict], texts: Sequence[str]) -> dict[str, Any]:
     """FActScore's figures (Table 2) with a known truth, and repeated facts an answer."""
     from tiny.annotators import facts_in
 

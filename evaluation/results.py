@@ -18,6 +18,7 @@ from pathlib import Path
 from divergences import ALIASES
 from evaluation.judges import whole_instruction
 from evaluation.measure import Benchmark
+from evaluation.statistics import mean_and_error, paired_difference, paired_mean_difference, paired_ratio_difference
 from formats.write import write_json, write_text
 from training.folder import read_lines
 
@@ -103,6 +104,35 @@ class Configuration:
 
     def last(self) -> list[dict]:
         return [run.evaluations[-1] for run in self.runs]
+
+    def changes(self, key: str) -> tuple[float, float] | None:
+        """A figure's change from SFT to the last checkpoint, paired within each run; the error is that of one run, or over several."""
+        found = [paired_changes(run.evaluations[0], run.evaluations[-1]) for run in self.runs]
+        if not all(key in changes for changes in found):
+            return None
+        pairs = [(changes[key], changes[key + "_se"]) for changes in found]
+        return pairs[0] if len(pairs) == 1 else mean_and_error([change for change, _ in pairs])
+
+
+def paired_changes(before: dict, after: dict) -> dict[str, float]:
+    """after − before, and its standard error, of every figure that both hold example by example."""
+    sources = {"win_rate": ("preferences", paired_difference), "reward": ("rewards", paired_mean_difference),
+               "tokens": ("lengths", paired_mean_difference), "fact_precision": ("fact_counts", paired_ratio_difference)}
+    changes = {}
+    for figure, (source, difference) in sources.items():
+        if source in before and source in after:
+            try:
+                change, error = difference(before[source], after[source])
+            except ValueError:  # no instruction was judged in both, or they are not the same instructions
+                continue
+            scale = 100 if figure == "fact_precision" else 1
+            changes |= {figure: scale * change, figure + "_se": scale * error}
+    return changes
+
+
+def first_of_each_seed(configs: Sequence[Configuration]) -> list[dict]:
+    """SFT's evaluations, one for each sampling seed: the policies are means over the same."""
+    return list({run.config.get("seed"): run.evaluations[0] for c in configs for run in c.runs}.values())
 
 
 def load_run(folder: Path) -> Run:

@@ -5,8 +5,8 @@ import html
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from evaluation.results import NAMES, Configuration
-from evaluation.statistics import bootstrap, bootstrap_crossed, mean_and_error, paired_difference
+from evaluation.results import NAMES, Configuration, first_of_each_seed, paired_changes
+from evaluation.statistics import bootstrap, bootstrap_crossed, paired_difference
 
 ROWS = [("win rate, %", "win_rate", 1), ("pairs judged", "judged", 0), ("reward", "reward", 2),
         ("true KL, nats/token", "true_kl", 4), ("tokens", "tokens", 1), ("finished, %", "finished", 1),
@@ -27,13 +27,16 @@ def format_table(columns: dict[str, dict]) -> str:
 def format_cell(result: dict, key: str, digits: int) -> str:
     if key not in result:
         return ""
-    error = result.get(key + "_se")
-    return f"{result[key]:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+    error, sign = result.get(key + "_se"), "+" if result.get("is_change") else ""
+    return f"{result[key]:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
 def before_after(before: dict, after: dict, tasks: Sequence[dict], pairs: int = 3) -> str:
-    """The table of two evaluations, the paired difference of their win rates, and some answers side by side."""
-    lines = [format_table({"before": before, f"step {after['step']}": after})]
+    """The table of two evaluations with their paired differences, and some answers side by side."""
+    columns = {"before": before, f"step {after['step']}": after}
+    if changes := paired_changes(before, after):
+        columns["after − before"] = changes | {"is_change": True}
+    lines = [format_table(columns)]
     if "preferences" in before:
         lines.append(f"win rate after − before: {difference_in_words(before['preferences'], after['preferences'])}")
     changed = [i for i in range(len(tasks)) if before["responses"][i] != after["responses"][i]]
@@ -43,6 +46,13 @@ def before_after(before: dict, after: dict, tasks: Sequence[dict], pairs: int = 
         asked = tasks[i]["instruction"] + (f" [{tasks[i]['input']}]" if tasks[i].get("input") else "")
         lines += ["", f"  {asked}", f"    before: {before['responses'][i]}", f"    after:  {after['responses'][i]}"]
     return "\n".join(lines)
+
+
+def changes_in_words(before: dict, after: dict) -> str:
+    """Every paired difference in a line."""
+    changes = paired_changes(before, after) | {"is_change": True}
+    return ", ".join(f"{title.removesuffix(', %')} {format_cell(changes, key, digits)}"
+                     for title, key, digits in ROWS if key in changes)
 
 
 def difference_in_words(before: Sequence[float | None], after: Sequence[float | None]) -> str:
@@ -88,18 +98,6 @@ def win_rate_cell(evaluations: Sequence[dict]) -> str:
     return f"{plain} ({bootstrap_crossed(preferences)[1]:.1f})"
 
 
-def gain(configuration: Configuration) -> tuple[float, float] | None:
-    """Win rate over SFT's in points, paired by instruction: with its error for one run, over the runs for several."""
-    pairs = [(run.evaluations[0].get("preferences"), run.evaluations[-1].get("preferences")) for run in configuration.runs]
-    if not all(before and after for before, after in pairs):
-        return None
-    try:
-        gains = [paired_difference(before, after) for before, after in pairs]
-    except ValueError:  # nothing was judged in both
-        return None
-    return gains[0] if len(gains) == 1 else mean_and_error([g for g, _ in gains])
-
-
 class Table(NamedTuple):
     title: str
     header: list[str]
@@ -107,29 +105,27 @@ class Table(NamedTuple):
     caption: str
 
 
-def cell(figure: tuple[float, float] | None, digits: int) -> str:
-    return "–" if figure is None else f"{figure[0]:.{digits}f} ± {figure[1]:.{digits}f}"
+def cell(figure: tuple[float, float] | None, digits: int, sign: str = "") -> str:
+    return "–" if figure is None else f"{figure[0]:{sign}.{digits}f} ± {figure[1]:.{digits}f}"
 
 
 def table_1(configs: Sequence[Configuration]) -> Table:
     """Adaptation, regularization, estimator and win rate, as in the paper; then what else changed."""
-    sft = [run.evaluations[0] for c in configs for run in c.runs]
-    first = sft[0]
-    rows = [["–", "SFT, no PPO", "–", cell(over_runs([first], "win_rate"), 1), "–", "0", cell(over_runs([first], "reward"), 2),
-             cell(over_runs([first], "tokens"), 1), "–", "0"]]
+    sft = first_of_each_seed(configs)
+    rows = [["–", "SFT, no PPO", "–", win_rate_cell(sft), "–", "0", cell(over_runs(sft, "reward"), 2),
+             cell(over_runs(sft, "tokens"), 1), str(len(sft)), "0"]]
     for c in configs:
         last = c.last()
-        change = gain(c)
         rows.append([c.adaptation, c.regularization, c.formula, win_rate_cell(last),
-                     "–" if change is None else f"{change[0]:+.1f} ± {change[1]:.1f}", cell(over_runs(last, "true_kl"), 3),
+                     cell(c.changes("win_rate"), 1, "+"), cell(over_runs(last, "true_kl"), 3),
                      cell(over_runs(last, "reward"), 2), cell(over_runs(last, "tokens"), 1), str(len(c.runs)),
                      "/".join(str(step) for step in sorted({e["step"] for e in last}))])
     judges = sorted({e.get("judge", "annotators") for e in sft if "win_rate" in e})
-    caption = (f"Win rate against the reference outputs on {first['n']} evaluation instructions"
+    caption = (f"Win rate against the reference outputs on {sft[0]['n']} evaluation instructions"
                + (f" (judge: {', '.join(judges)})" if judges else " (no judge: –)")
-               + ". ± is the standard error: over the instructions where there is one run, by bootstrap over runs where there are "
-               "several (the paper's; in brackets over runs and instructions both). Gain: points over SFT, paired by instruction. "
-               "KL: true KL to SFT in nats per token.")
+               + ". ± is the standard error: over the instructions for one run, by bootstrap over runs for several (the paper's; "
+               "in brackets over runs and instructions both). SFT is sampled once with each seed of the runs. Gain: points over "
+               "SFT, paired by seed and instruction. KL: true KL to SFT in nats per token.")
     return Table("Table 1. Win rate by regularization", ["Adaptation", "Regularization", "Divergence estimator", "Win rate, %",
                                                          "Gain over SFT", "True KL", "Reward", "Tokens", "Runs", "Step"],
                  rows, caption)
@@ -137,21 +133,22 @@ def table_1(configs: Sequence[Configuration]) -> Table:
 
 def table_2(configs: Sequence[Configuration]) -> Table | None:
     """Factuality; None where nobody measured it."""
-    def row(name: str, evaluations: Sequence[dict]) -> list[str]:
-        repeats = over_runs(evaluations, "repeats")
+    def row(name: str, evaluations: Sequence[dict], change: tuple[float, float] | None) -> list[str]:
         return [name, cell(over_runs(evaluations, "factscore"), 1), cell(over_runs(evaluations, "fact_precision"), 1),
-                *(f"{figure[0]:.{digits}f}" if figure else "–" for figure, digits in (
-                    (over_runs(evaluations, "facts"), 2), (over_runs(evaluations, "about_tokens"), 1), (repeats, 2),
-                    (over_runs(evaluations, "abstained"), 1)))]
+                cell(change, 1, "+"),
+                *(f"{figure[0]:.{digits}f}" if (figure := over_runs(evaluations, key)) else "–" for key, digits in (
+                    ("facts", 2), ("about_tokens", 1), ("repeats", 2), ("abstained", 1)))]
 
-    first = [configs[0].runs[0].evaluations[0]]
-    if not any("fact_precision" in e for c in configs for e in [*first, *c.last()]):
+    sft = first_of_each_seed(configs)
+    if not any("fact_precision" in e for c in configs for e in [*sft, *c.last()]):
         return None
-    rows = [row("SFT, no PPO", first), *(row(f"{c.adaptation} PPO, {c.regularization}", c.last()) for c in configs)]
-    return Table("Table 2. Factuality", ["Configuration", "FActScore, %", "Fact precision, %", "Facts per answer",
-                                         "Tokens per answer", "Repeats per answer", "Answers without facts"], rows,
-                 "FActScore is the mean share of true facts over the answers that state any (each answer weighs the same); fact "
-                 "precision is the share over all stated facts (each fact weighs the same).")
+    rows = [row("SFT, no PPO", sft, None)]
+    rows += [row(f"{c.adaptation} PPO, {c.regularization}", c.last(), c.changes("fact_precision")) for c in configs]
+    return Table("Table 2. Factuality", ["Configuration", "FActScore, %", "Fact precision, %", "Change of precision",
+                                         "Facts per answer", "Tokens per answer", "Repeats per answer", "Answers without facts"],
+                 rows, "FActScore is the mean share of true facts over the answers that state any (each answer weighs the same); "
+                 "fact precision is the share over all stated facts (each fact weighs the same); its change is paired with SFT "
+                 "by seed and question.")
 
 
 def table_3(configs: Sequence[Configuration]) -> Table | None:

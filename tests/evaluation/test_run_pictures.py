@@ -45,6 +45,18 @@ def test_answers_that_did_not_change_are_not_shown_as_before_and_after():
     assert text.count("Question") == 1 and "Question 2?" in text
 
 
+def test_before_and_after_are_compared_in_pairs():
+    """Rewards 1 and 3 become 2 and 6: +2.5, whose error is that of the differences 1 and 3, not of two means."""
+    before, after = evaluation(0, [1, 2]), evaluation(5, [2, 2])
+    before |= {"reward": 2.0, "reward_se": 1.0, "rewards": [1.0, 3.0], "fact_precision": 50.0, "fact_counts": [[1, 2], [2, 4]]}
+    after |= {"reward": 4.0, "reward_se": 2.0, "rewards": [2.0, 6.0], "fact_precision": 75.0, "fact_counts": [[3, 4], [3, 4]]}
+    lines = before_after(before, after, [{"instruction": "a"}, {"instruction": "b"}]).split("\n")
+    assert lines[0].endswith("after − before")
+    reward, facts = (next(line for line in lines if line.startswith(name)) for name in ("reward", "fact precision"))
+    assert reward.split()[1:] == ["2.00", "±", "1.00", "4.00", "±", "2.00", "+2.00", "±", "1.00"]
+    assert facts.endswith("+25.0 ± 0.0")
+
+
 def test_a_difference_that_nobody_measured_is_said_to_be_so():
     before, after = evaluation(0, [1, 2]), evaluation(5, [2, 2])
     before["preferences"], after["preferences"] = [1, None], [None, 2]

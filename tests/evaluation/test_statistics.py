@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from evaluation.statistics import (bootstrap, bootstrap_crossed, fit_bend, mean_and_error, paired_difference, ratio_and_error,
-                                   win_rate)
+from evaluation.statistics import (bootstrap, bootstrap_crossed, fit_bend, mean_and_error, paired_difference,
+                                   paired_mean_difference, paired_ratio_difference, ratio_and_error, win_rate)
 
 # --- statistics ----------------------------------------------------------------------------------------------------
 
@@ -53,6 +53,19 @@ def test_paired_difference_by_hand():
 def test_the_paired_error_is_smaller_than_two_win_rates_would_have():
     before, after = [1, 2] * 50, [1, 2] * 49 + [2, 2]
     assert paired_difference(before, after)[1] < 0.2 * math.hypot(win_rate(before)[1], win_rate(after)[1])
+
+
+def test_a_paired_difference_of_ratios_by_hand():
+    """Facts true of stated: 2/4 and 0/2 before, 3/4 and 1/4 after: 1/3 → 1/2. Deviations over the mean count (3 and 4):
+    (2 − 4/3)/3 and (0 − 2/3)/3 before, (3 − 2)/4 and (1 − 2)/4 after; their differences 1/36 and −1/36."""
+    difference, error = paired_ratio_difference([(2, 4), (0, 2)], [(3, 4), (1, 4)])
+    assert difference == pytest.approx(1 / 2 - 1 / 3)
+    assert error == pytest.approx(math.sqrt(2 * (1 / 36) ** 2 / 1 / 2))
+    assert all(math.isnan(x) for x in paired_ratio_difference([(0, 0)], [(1, 2)]))
+
+
+def test_a_paired_difference_of_means_by_hand():
+    assert paired_mean_difference([1.0, 2.0, 4.0], [2.0, 2.0, 9.0]) == (pytest.approx(2), pytest.approx(math.sqrt(14 / 2 / 3)))
 
 
 def test_a_paired_difference_without_pairs_is_said():
