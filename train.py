@@ -169,15 +169,15 @@ class SelfCheckError(RuntimeError):
 def self_check(models: Models, rollout: ppo.Rollout, config: ppo.PPOConfig) -> None:
     """Before the first update the ratio is 1 and the reference is the policy; anything else is a bug and stops the run."""
     check = ppo.self_check(models.policy_logits, rollout, config)
-    ratio, ratio_tolerance = check["ratio_error"], 1e-3
-    gap, gap_tolerance = check["reference_gap"], 1e-3
-    if models.policy.lm_head.weight.dtype != torch.float32:
-        # bf16 rounds otherwise in a batch of another shape, by up to a third for single tokens: there the mean is what tells.
-        ratio, ratio_tolerance = check["ratio_error_mean"], 0.1
-        # Policy and reference read the very same batches: the same kernels give equal numbers.
-        same = same_kernels(models.policy_device, models.reference_device) and \
-            models.reference.lm_head.weight.dtype == models.policy.lm_head.weight.dtype
-        gap, gap_tolerance = (gap, 0.0) if same else (check["reference_gap_mean"], 0.1)
+    dtype, its_dtype = (model.lm_head.weight.dtype for model in (models.policy, models.reference))
+    # bf16 rounds otherwise in a batch of another shape, by up to a third for single tokens: there the mean is what tells.
+    exact = dtype == torch.float32
+    ratio, ratio_tolerance = (check["ratio_error"], 1e-3) if exact else (check["ratio_error_mean"], 0.1)
+    # Policy and reference read the very same batches: where dtype and kernels are the same, they give equal numbers.
+    same = dtype == its_dtype and same_kernels(models.policy_device, models.reference_device)
+    gap, gap_tolerance = check["reference_gap"], 1e-3 if exact else 0.0
+    if not same:
+        gap, gap_tolerance = check["reference_gap_mean"], 1e-3 if exact and its_dtype == dtype else 0.1
     line = (f"self-check over {int(rollout.mask.sum()):,} tokens: ratio 1 ± {check['ratio_error']:.1e} (mean "
             f"{check['ratio_error_mean']:.1e}), |log π − log π_ref| ≤ {check['reference_gap']:.1e} before the first update")
     if not (ratio <= ratio_tolerance and gap <= gap_tolerance):  # NaN is none of both

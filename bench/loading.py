@@ -21,7 +21,6 @@ Linux only: the figures are those of /proc/self/status.
 """
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -188,17 +187,14 @@ def report(args: argparse.Namespace, rows: list[str]) -> str:
     """The page: command, machine, table, what the columns mean. Folders are named by their last part only."""
     import torch
     import transformers
+    from ppo_step import command_line, machine
 
-    named = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.machine())
     columns = __doc__.partition("    start ")[2].partition("\n\nLinux")[0]
     return "\n".join([
-        "# Loading a model", "", f"    python bench/loading.py {' '.join(named)}", "",
-        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} for torch; "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}; "
-        f"{datetime.date.today().isoformat()}. Medians of {args.rounds} rounds, a process each, all files in the page cache. "
-        "Seconds and MB (10^6 bytes).", "",
+        "# Loading a model", "", f"    {command_line()}", "",
+        f"{machine()}; {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} for torch, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}. "
+        f"Medians of {args.rounds} rounds, a process each, all files in the page cache. Seconds and MB (10^6 bytes).", "",
         "| layout | loader | start | load | first token | model | load peak | token peak | bound | holds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |", *rows, "",
         "```", f"    start {columns}", "```", ""])

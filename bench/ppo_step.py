@@ -17,6 +17,7 @@ over the measured rate of copies of that size. See `floors` for the count.
 """
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -287,12 +288,15 @@ def command_line() -> str:
 
 
 def machine() -> str:
+    """Processor, torch, commit and date: what a results file says of where its figures are from."""
     import torch
 
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
                  platform.processor()) if sys.platform == "linux" else platform.processor()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores of {model}{gpu}, torch {torch.__version__}"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return (f"{os.cpu_count()} cores of {model}{gpu}, torch {torch.__version__}; commit {commit or 'unknown'}, "
+            f"{datetime.date.today().isoformat()}")
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ Each cell is one `python train.py` on the miniature world; flags behind `--` go 
 <out>/table1.md, and the runs lie beside it. Win rates are means over seeds with the paper's bootstrap error, in brackets the
 error over seeds and instructions both; "gain" is the paired difference to SFT on the 805 evaluation instructions, seed by seed,
 in points and in its standard errors. SFT is sampled once with each seed; the change of fact precision is paired by seed and
-question, its error is that over the seeds.
+question, its error is that over the seeds. A second table sets every row beside no regularization, paired by seed.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from ppo_step import command_line, machine  # noqa: E402
 
 from evaluation.results import paired_changes  # noqa: E402
 from evaluation.statistics import bootstrap, bootstrap_crossed, mean_and_error  # noqa: E402
@@ -75,6 +77,19 @@ def summarise(name: str, folders: list[Path]) -> str:
     return f"| {ROWS[name][0]} | {figures([lines[-1] for lines in pairs], changes)}"
 
 
+def beside(name: str, folders: list[Path], others: list[Path]) -> str:
+    """One row of the second table: this row less the others, over the seeds that both have."""
+    last = {folder.name.rpartition("-s")[2]: read_lines(folder / "evaluations.jsonl")[-1] for folder in others}
+    pairs = [(read_lines(folder / "evaluations.jsonl")[-1], last[seed]) for folder in folders
+             if (seed := folder.name.rpartition("-s")[2]) in last]
+
+    def difference(key: str, digits: int) -> str:
+        mean, error = mean_and_error([ours[key] - theirs[key] for ours, theirs in pairs])
+        return f"{mean:+.{digits}f} ± {error:.{digits}f}"
+
+    return f"| {ROWS[name][0]} | {difference('win_rate', 1)} | {difference('true_kl', 3)} | {difference('tokens', 1)} |"
+
+
 def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     argv, extra = sys.argv[1:split], sys.argv[split + 1:]
@@ -99,7 +114,11 @@ def main() -> None:
              "| fact precision, % | its change | repeats |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
              f"| *SFT* | {figures(before, [])}"]
     lines += [summarise(name, found) for name, found in folders.items()]
-    text = "\n".join(lines) + "\n"
+    if others := folders.get("none"):
+        lines += ["", "| minus no regularization (dropout 0.1), paired by seed | win rate, points | true KL | tokens |",
+                  "| --- | --- | --- | --- |"]
+        lines += [beside(name, found, others) for name, found in folders.items() if name != "none"]
+    text = f"`{command_line()}`\n\n{machine()}.\n\n" + "\n".join(lines) + "\n"
     (args.out / "table1.md").write_text(text, encoding="utf-8")
     print(text + f"\nwritten to {args.out / 'table1.md'}")
 

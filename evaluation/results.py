@@ -106,7 +106,7 @@ class Configuration:
         return [run.evaluations[-1] for run in self.runs]
 
     def changes(self, key: str) -> tuple[float, float] | None:
-        """A figure's change from SFT to the last checkpoint, paired within each run; the error is that of one run, or over several."""
+        """A figure's change from SFT to the last checkpoint, paired within each run, and its error: over runs, where several."""
         found = [paired_changes(run.evaluations[0], run.evaluations[-1]) for run in self.runs]
         if not all(key in changes for changes in found):
             return None
@@ -172,6 +172,8 @@ def by_step(file: Path, evaluations: Iterable[dict]) -> dict[int, dict]:
         lacks = [key for key in ("step", "n", "true_kl", "true_kl_se", "tokens", "tokens_se", "responses") if key not in e]
         if lacks:
             raise ValueError(f"{file}: an evaluation lacks {lacks[0]}: it was written by another version, or by hand")
+        if type(e["step"]) is not int:  # it is sorted by, and written into the page
+            raise ValueError(f"{file}: the step of an evaluation is {e['step']!r}, not a whole number")
         steps[e["step"]] = e
     return steps
 

@@ -55,28 +55,6 @@ def paired_difference(before: Sequence[float | None], after: Sequence[float | No
     return mean_and_error([100 * (half_for_tie(a) - half_for_tie(b)) for b, a in both])
 
 
-def paired_mean_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """(mean of after − before, its standard error) over the same examples."""
-    return mean_and_error([a - b for b, a in zip(before, after, strict=True)])
-
-
-def paired_ratio_difference(before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(after − before of Σ part / Σ whole, its standard error) over the same examples, each (part, whole).
-
-    Of first order in the deviations, as ratio_and_error's: what an example adds to the one ratio less what it adds to the other.
-    """
-    sides, ratios = [], []
-    for pairs in (before, after):
-        parts, wholes = zip(*pairs, strict=True)
-        total = sum(wholes)
-        if not total:
-            return math.nan, math.nan
-        ratios.append(sum(parts) / total)
-        sides.append([(p - ratios[-1] * w) * len(pairs) / total for p, w in pairs])
-    _, error = paired_mean_difference(*sides)
-    return ratios[1] - ratios[0], error
-
-
 def bootstrap(values_per_run: Sequence[float | Sequence[float]], n: int = 1000, seed: int = 0) -> tuple[float, float]:
     """(mean, standard error) over several runs, the paper's "mean and standard error with bootstrap sampling" (Table 1).
 
@@ -121,6 +99,28 @@ def ratio_and_error(totals: Sequence[float], counts: Sequence[float]) -> tuple[f
     ratio = sum(totals) / n
     spread = sum((t - ratio * c) ** 2 for t, c in zip(totals, counts, strict=True))
     return ratio, math.sqrt(spread * m / max(1, m - 1)) / n
+
+
+def paired_mean_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """(mean of after − before, its standard error) over the same examples."""
+    return mean_and_error([a - b for b, a in zip(before, after, strict=True)])
+
+
+def paired_ratio_difference(before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(after − before of Σ part / Σ whole, its standard error) over the same examples, each (part, whole).
+
+    Of first order in the deviations, as ratio_and_error's: what an example adds to the one ratio less what it adds to the other.
+    """
+    sides, ratios = [], []
+    for pairs in (before, after):
+        parts, wholes = zip(*pairs, strict=True)
+        total = sum(wholes)
+        if not total:
+            return math.nan, math.nan
+        ratios.append(sum(parts) / total)
+        sides.append([(p - ratios[-1] * w) * len(pairs) / total for p, w in pairs])
+    _, error = paired_mean_difference(*sides)
+    return ratios[1] - ratios[0], error
 
 
 # -------------------------------------------------------------------------------------- a line with one bend (Figure 3)

@@ -6,6 +6,9 @@ import random
 from dataclasses import asdict
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: two workers with two threads each would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from torch import Tensor

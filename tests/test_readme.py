@@ -57,7 +57,7 @@ def test_the_readme_is_a_front_page():
 
 
 def test_ci_runs_the_readmes_test_command():
-    [command] = [b for b in blocks(README) if b.rstrip().endswith("python -m pytest")]
+    [command] = [b for b in blocks(README) if "python -m pytest" in b]
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace("\\\n", "")
     assert " ".join(command.split()) in " ".join(script.split())
 

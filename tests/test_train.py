@@ -295,13 +295,15 @@ def test_two_devices_read_the_same_batches_so_that_equal_models_give_equal_numbe
     assert_same_run(cut, tmp_path / "whole", "step-0002")
 
 
-def test_reference_and_reward_in_float32_beside_a_bf16_policy(world, tmp_path):
-    """As the released code has them; on one device nothing can then be shared."""
-    printed = start(settings(world, tmp_path / "run", dtype="bfloat16", reference_dtype="float32", steps=1, evaluation=None))
-    assert "bfloat16, reference and reward float32" in printed and "two models instead of four" not in printed
+@pytest.mark.parametrize("dtype, its", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_reference_and_reward_have_a_dtype_of_their_own(world, tmp_path, dtype, its):
+    """Float32 beside bf16, as the released code has them; on one device nothing can then be shared."""
+    printed = start(settings(world, tmp_path / "run", dtype=dtype, reference_dtype=its, steps=1, evaluation=None))
+    assert f"{dtype}, reference and reward {its}" in printed and "two models instead of four" not in printed
     models = build_models(stored_config({"out": str(tmp_path / "run")}), load_tokenizer(world / "sft"))
-    assert (models.policy.lm_head.weight.dtype, models.reference.lm_head.weight.dtype) == (torch.bfloat16, torch.float32)
-    assert {p.dtype for p in models.reward_model.parameters()} == {torch.float32}
+    assert {p.dtype for name, p in models.policy.named_parameters() if "lora" not in name} == {getattr(torch, dtype)}
+    frozen = [*models.reference.parameters(), *models.reward_model.backbone.parameters()]
+    assert {p.dtype for p in frozen} == {getattr(torch, its)}
 
 
 def test_evaluations_may_be_longer_than_rollouts(world, tmp_path):

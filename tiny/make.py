@@ -231,14 +231,15 @@ def sft_report(model: Llama, tokenizer, splits: dict, seed: int, temperature: fl
     is_open = [task["answer"] is None for task in tasks]
     about = sample_texts(model, tokenizer, splits["about"], seed, "about", temperature)
     readings = [read(task, text) for task, text in zip(tasks, texts) if task["answer"] is None]
+    facts = measure_facts(splits["about"], [tokenizer.decode(i) for i in about])
+    del facts["fact_counts"]  # one by one, for comparisons
     return {"win_rate": rate, "win_rate_se": error,
             "win_rate_open": win_rate([p for p, o in zip(preferences, is_open) if o])[0],
             "win_rate_closed": win_rate([p for p, o in zip(preferences, is_open) if not o])[0],
             "closed_correct_percent": 100 * mean_and_error(closed)[0],
             "tokens": mean_and_error([len(i) for i in ids])[0],
             "unreadable_per_answer": mean_and_error([r.unreadable for r in readings])[0],
-            "claims_per_answer": mean_and_error([r.claims for r in readings])[0]} | \
-        measure_facts(splits["about"], [tokenizer.decode(i) for i in about])
+            "claims_per_answer": mean_and_error([r.claims for r in readings])[0]} | facts
 
 
 def build(out: Path, seed: int) -> dict:

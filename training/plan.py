@@ -72,7 +72,7 @@ def plan(run: RunConfig, policy: Any, critic: Any) -> dict[str, dict[str, float]
     config, rank, targets = run.ppo, run.lora_rank, run.targets
     dtype = choose_dtype(run, run.policy_device)
     size, frozen = dtype.itemsize, reference_dtype(run, dtype)
-    cpu, full = run.policy_device == "cpu", run.tuning == "full"
+    cpu, full = run.policy_device.startswith("cpu"), run.tuning == "full"
     shared = run.policy_device == run.reference_device and not full and frozen == dtype
     P, T, micro = run.query_length, config.response_length, config.micro_batch_size
     weights = size * (parameters(policy) + parameters(critic))
@@ -108,8 +108,9 @@ def plan(run: RunConfig, policy: Any, critic: Any) -> dict[str, dict[str, float]
         here["program"] = PROGRAM
     memory = {run.policy_device: here}
     if not shared:
-        read = micro * (P + T) * (3 * size * policy.intermediate_size + 8 * D) + 2 * size * micro * T * policy.vocab_size
-        other = {"frozen weights, reference and reward": weights * frozen.itemsize / size, "reading": read}
+        wide = frozen.itemsize
+        read = micro * (P + T) * (3 * wide * policy.intermediate_size + 8 * D) + 2 * wide * micro * T * policy.vocab_size
+        other = {"frozen weights, reference and reward": weights * wide // size, "reading": read}
         if run.reference_device == run.policy_device:
             here |= other
         else:

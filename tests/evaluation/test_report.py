@@ -110,7 +110,7 @@ def test_judgements_of_two_judges_are_never_mixed(tmp_path):
     assert [(e["step"], e["judge"]) for e in load_run(run).evaluations] == [(0, "gpt"), (20, "gpt")]
 
 
-@pytest.mark.parametrize("broken", ["no config", "bad config", "no evaluation", "SFT alone"])
+@pytest.mark.parametrize("broken", ["no config", "bad config", "no evaluation", "SFT alone", "a step of text"])
 def test_a_folder_that_cannot_be_reported_is_one_line_that_names_it(tmp_path, broken):
     run = make_run(tmp_path / "run")
     if broken == "no config":
@@ -119,6 +119,9 @@ def test_a_folder_that_cannot_be_reported_is_one_line_that_names_it(tmp_path, br
         (run / "config.json").write_text("{")
     elif broken == "no evaluation":
         (run / "evaluations.jsonl").unlink()
+    elif broken == "a step of text":
+        with open(run / "evaluations.jsonl", "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(evaluation(30, 0, 0.4, 0.0) | {"step": "<script>alert(1)</script>"}) + "\n")
     else:
         (run / "evaluations.jsonl").write_text(json.dumps(evaluation(0, 0, 0.4, 0.0)) + "\n")
     with pytest.raises(ValueError, match=re.escape(str(run))) as caught:
