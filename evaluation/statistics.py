@@ -110,13 +110,14 @@ def paired_ratio_difference(before: Sequence[tuple[float, float]], after: Sequen
     """(after − before of Σ part / Σ whole, its standard error) over the same examples, each (part, whole).
 
     Of first order in the deviations, as ratio_and_error's: what an example adds to the one ratio less what it adds to the other.
+    Raises ValueError where a side's wholes are all 0.
     """
     sides, ratios = [], []
     for pairs in (before, after):
         parts, wholes = zip(*pairs, strict=True)
         total = sum(wholes)
         if not total:
-            return math.nan, math.nan
+            raise ValueError("paired_ratio_difference: the wholes of one side are all 0, so it has no ratio")
         ratios.append(sum(parts) / total)
         sides.append([(p - ratios[-1] * w) * len(pairs) / total for p, w in pairs])
     _, error = paired_mean_difference(*sides)
@@ -161,7 +162,7 @@ def fit_bend(x: Sequence[float], y: Sequence[float], level: float = 0.05, draws:
     corner = p = None
     if n >= 2 * FEWEST and xs[FEWEST - 1] < xs[-FEWEST]:
         places = torch.linspace(xs[FEWEST - 1].item(), xs[-FEWEST].item(), 100, dtype=torch.float64)
-        bent = torch.stack([straight.expand(100, n, 2)[..., 0], xs.expand(100, n), (xs - places[:, None]).clamp(min=0)], 2)
+        bent = torch.stack([ones.expand(100, n), xs.expand(100, n), (xs - places[:, None]).clamp(min=0)], 2)
         noise = torch.randn(n, draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         columns = torch.cat([ys[:, None], noise], 1)  # (n, 1 + draws): the data first
         residuals = unexplained(bent, columns)        # (places, 1 + draws)

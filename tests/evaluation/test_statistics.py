@@ -61,7 +61,8 @@ def test_a_paired_difference_of_ratios_by_hand():
     difference, error = paired_ratio_difference([(2, 4), (0, 2)], [(3, 4), (1, 4)])
     assert difference == pytest.approx(1 / 2 - 1 / 3)
     assert error == pytest.approx(math.sqrt(2 * (1 / 36) ** 2 / 1 / 2))
-    assert all(math.isnan(x) for x in paired_ratio_difference([(0, 0)], [(1, 2)]))
+    with pytest.raises(ValueError, match="no ratio"):
+        paired_ratio_difference([(0, 0)], [(1, 2)])
 
 
 def test_a_paired_difference_of_means_by_hand():
