@@ -42,6 +42,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+# MKL 2024.2, part of torch's x86 wheels, finds out the processor at its first sin, exp, sqrt, ..., and a second thread that
+# calls meanwhile may get kernels of 4 digits (docs/reliability.md). So one thread makes that call, before there are two.
+torch.zeros(1, device="cpu").sin()
+
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
@@ -262,9 +266,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not F.rms_norm: no faster on a CPU, and with it 4 of 22 equal samplings on two threads rounded otherwise (of 52
-        # without, 1).
-        wide = x.float()
+        wide = x.float()  # not F.rms_norm: no faster on a CPU
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight
 
