@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from data import encode_pair, format_prompt
 from divergences import ESTIMATORS
+from evaluation.endpoint import Endpoint
 from evaluation.factuality import QUESTION, count_facts, fact_figures, load_passages, load_topics
-from evaluation.judges import (Endpoint, EndpointError, Judge, LLMJudge, ScoreJudge, Verdict, compare, endpoints_of, load_pool,
+from evaluation.judges import (EndpointError, Judge, LLMJudge, ScoreJudge, Verdict, compare, endpoints_of, load_pool,
                                read_annotations, summary, whole_instruction)
 from evaluation.measure import Benchmark, evaluate_policy, judged, load_benchmark, measure_reward
 from evaluation.results import merge_results, read_object, write_annotations, write_outputs
@@ -75,7 +76,7 @@ def evaluate_folder(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
     models = build_models(run, tokenizer)
     judges = judges or other_judges(args, models, run, benchmark)
 
-    def ask_all(prompts: Sequence[str], desc: str) -> list[str]:
+    def ask_all(prompts: Sequence[str], desc: str) -> list[str | None]:
         endpoint = endpoints_of(judges.pool)[0]
         return endpoint.ask_all(prompts, file=folder / "facts.jsonl", parallel=args.parallel, desc=desc)
 
@@ -321,7 +322,10 @@ def run_command(args: argparse.Namespace) -> None:
         print("\n" + quality_table(last))
     unread = {name: r["n"] - r["judged"] for name, r in results.items() if r.get("judged", r["n"]) < r["n"]}
     if unread:
-        print("judgements that could not be read, left out: " + ", ".join(f"{name} {n}" for name, n in unread.items()))
+        print("judgements that could not be read or were refused, left out: "
+              + ", ".join(f"{name} {n}" for name, n in unread.items()))
+    if facts := {name: r["unread"] for name, r in results.items() if r.get("unread")}:
+        print("facts, or lists of them, that could not be read, left out: " + ", ".join(f"{k} {n}" for k, n in facts.items()))
     print(f"written to {args.folder}: evaluation.json, with every response, and outputs/ for other evaluators")
 
 

@@ -4,7 +4,7 @@
 The paper's Table 2 asks for 183 people "Tell me a bio of X", breaks each answer into atomic facts and checks each against
 the person's Wikipedia article. Here an LLM does both, through any function that answers prompts:
 
-    ask_all = lambda prompts, desc: endpoint.ask_all(prompts, file=Path("facts.jsonl"), desc=desc)   # judges.py
+    ask_all = lambda prompts, desc: endpoint.ask_all(prompts, file=Path("facts.jsonl"), desc=desc)   # endpoint.py
     counts = count_facts(topics, texts, load_passages("passages.jsonl"), ask_all)
     figures = fact_figures(counts)
 
@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 QUESTION = "Tell me a bio of {topic}."
 
-AskAll = Callable[[Sequence[str], str], list[str]]  # (prompts, what they are, for a progress bar) → answers
+# (prompts, what they are, for a progress bar) → answers, None for one that was cut off or refused
+AskAll = Callable[[Sequence[str], str], Sequence[str | None]]
 
 
 class FactCount(NamedTuple):
@@ -82,7 +83,10 @@ Answer with one word, "True" or "False"."""
 
 REFUSAL = re.compile(r"\b(?:I(?:'m| am)? (?:sorry|apologi[sz]e|unable|not (?:sure|able|aware|familiar)|cannot|can't|couldn't|"
                      r"could not|do not|don't|have no)|as an AI|no information|not enough information)\b", re.IGNORECASE)
-BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+(.+?)\s*$", re.MULTILINE)
+THINKING = "think|thinking|thought|reasoning"
+NONE = re.compile(r"^[^\w\n]*none[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
+TURNED = re.compile(r"(?:\b(?:not|never|neither|nor|cannot|if|whether)|n['’]t)\b[^.\n]{0,20}\b(?:true|false)\b", re.IGNORECASE)
+BULLET = re.compile(r"^[^\S\n]*(?:[-*•]|\d+[.)])\s+(.+?)\s*$", re.MULTILINE)
 
 
 def abstains(text: str) -> bool:
@@ -117,16 +121,28 @@ def filled(prompt: str, **texts: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda slot: texts[slot[1]], prompt)
 
 
-def read_facts(answer: str) -> list[str] | None:
+def spoken(answer: str | None) -> str | None:
+    """An answer behind its thinking; None where it was still thinking, or there is none.
+
+    A closing tag alone closes what the chat template opened.
+    """
+    answer = re.sub(rf"<({THINKING})\b[^>]*>.*?</\1\s*>", "\n", answer or "", flags=re.IGNORECASE | re.DOTALL)
+    answer = re.split(rf"</(?:{THINKING})\s*>", answer, flags=re.IGNORECASE)[-1]
+    return None if re.search(rf"<(?:{THINKING})\b", answer, re.IGNORECASE) or not answer.strip() else answer
+
+
+def read_facts(answer: str | None) -> list[str] | None:
     """The facts of a list, each once; none for the answer "none", None for one that is neither."""
-    facts = list(dict.fromkeys(BULLET.findall(answer)))
-    return facts if facts or re.search(r"\bnone\b", answer, re.IGNORECASE) else None
+    answer = spoken(answer) or ""
+    facts = [fact for fact in dict.fromkeys(BULLET.findall(answer)) if not NONE.fullmatch(fact)]
+    return facts if facts or NONE.search(answer) else None
 
 
-def read_truth(answer: str) -> bool | None:
-    """True or False, if the answer says one of them and not both."""
+def read_truth(answer: str | None) -> bool | None:
+    """True or False, if the answer says one of them, and not both or that it isn't."""
+    answer = spoken(answer) or ""
     words = {word.lower() for word in re.findall(r"\b(true|false)\b", answer, re.IGNORECASE)}
-    return words == {"true"} if len(words) == 1 else None
+    return words == {"true"} if len(words) == 1 and not TURNED.search(answer) else None
 
 
 # ------------------------------------------------------------------------------------------------------------- passages

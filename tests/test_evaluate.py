@@ -112,6 +112,33 @@ def test_a_server_that_refuses_ends_in_one_line_and_keeps_what_was_judged(run, c
     assert call(run, *flags)[0] == 0
 
 
+def test_a_pair_that_the_server_refuses_is_left_out_and_said(run, call, serve):
+    prompts: list[str] = []
+
+    def answer(body):
+        prompts.append(body["messages"][0]["content"])
+        refused = {"status": 400, "body": {"error": {"message": "blocked by the content filter"}}}
+        return refused if prompts[-1] == prompts[0] else {"text": "Verdict: 1", "finish_reason": "length"} if (
+            prompts[-1] == prompts[1]) else "Verdict: 1"
+
+    flags = ("--judge", "openai", "--judge-model", "m", "--base-url", serve(answer=answer).url, "--parallel", 1)
+    for _ in range(2):
+        code, out, err = call(run, *flags)
+        assert code == 0, err
+        assert "judgements that could not be read or were refused, left out: SFT 2" in out
+        assert "1 cut off at 300 tokens" in out and "1 refused by the server" in out and "blocked by the content filter" in out
+    annotations = json.loads((run / "outputs" / "SFT" / "annotations.json").read_text())
+    assert [a["preference"] for a in annotations if "refused" in a] == [None] and results(run)["SFT"]["judged"] == 10
+    assert not any("refused" in record for record in records(run / "judgements.jsonl"))
+
+
+def test_a_server_that_refuses_every_pair_ends_in_one_line_and_writes_nothing(run, call, serve):
+    before = set(run.rglob("*"))
+    url = serve(answer={"status": 400, "body": {"error": {"message": "no model m"}}}).url
+    code, _, err = call(run, "--judge", "openai", "--judge-model", "m", "--base-url", url)
+    assert code == 2 and err.count("\n") == 1 and "HTTP 400" in err and "no model m" in err and set(run.rglob("*")) == before
+
+
 def test_the_runs_reward_model_can_judge(run, call, world):
     assert call(run, "--judge", "reward")[0] == 0
     own = results(run)["step-0002"]["preferences"]
