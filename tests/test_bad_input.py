@@ -233,7 +233,7 @@ def test_train_says_in_one_line_what_is_wrong(broken, tmp_path, monkeypatch, cap
 
 WRONG_EVALUATIONS = [  # (file of the run that is written, its content, flags of evaluate.py, words)
     ("a.json", "[{}]", ["winrate", "--annotations", "{run}/a.json"], 'record 1: has no field "preference"'),
-    ("a.json", '[{"preference": 7}]', ["winrate", "--annotations", "{run}/a.json"], "preference 7.0 must be 0 (tie) or from 1"),
+    ("a.json", '[{"preference": 7}]', ["winrate", "--annotations", "{run}/a.json"], "record 1: preference 7 must be a number"),
     ("a.json", DEEP, ["winrate", "--annotations", "{run}/a.json"], "neither a JSON list nor JSON lines"),
     ("a.json", "[]", ["winrate", "--annotations", "{run}/a.json"], "no preference is left"),
     ("x", "", ["winrate", "--annotations", "{run}/none.json"], "none.json"),
