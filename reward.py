@@ -177,14 +177,17 @@ def open_backbone(directory: str | os.PathLike) -> tuple[nn.Module, dict[str, An
     Ours, transformers' LlamaForSequenceClassification, or AlpacaFarm's. The backbone is model.Llama; scoring needs no language
     head, so that is tied to the embedding: it takes no memory and every method stays usable.
     """
-    from formats.alpacafarm import backbone_fields
+    from formats.alpacafarm import as_llama, backbone_fields
     from formats.read import local_copy
     from formats.tensors import parse_json, stored_tensors
     from model import LlamaConfig, without_memory
 
     directory = local_copy(directory)
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory}/config.json: not found; a reward model folder holds config.json and its weights")
+        raise FileNotFoundError(f"{directory}/config.json: not found; a reward model folder holds config.json and its weights"
+                                " (an adapter is first merged with PEFT)")
+    # Before any weights are looked at: another family's would seem damaged, or a difference.
+    parse_json(directory / "config.json", lambda description: LlamaConfig.from_dict(as_llama(description)))
     stored = stored_tensors(directory)
 
     def build(description: dict[str, Any]) -> LlamaConfig:
