@@ -120,7 +120,7 @@ def open_adapter(folder: Path, args: argparse.Namespace) -> tuple[RunConfig, lis
     """The same of a policy adapter in PEFT's layout: a run without a reward, as an adapter names no reward model. Where its base
     is the miniature world's model, what is not given comes from that world."""
     base = args.policy or read_object(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
+    if not (base and isinstance(base, str)):
         raise ValueError(f"--policy is missing: {folder}/adapter_config.json names no base model")
     preset = TINY_PRESET if Path(base).resolve() == Path(TINY_PRESET["policy"]).resolve() else {}
     asked = {"evaluation": args.data, "prompt_template": args.prompt_template, "temperature": args.temperature}

@@ -103,6 +103,11 @@ def adapter_without_weights(world: Path) -> None:
     (world / "adapter" / "adapter_model.safetensors").unlink()
 
 
+def adapter_of_nothing(world: Path) -> None:
+    an_adapter()(world)
+    save_file({}, world / "adapter" / "adapter_model.safetensors")
+
+
 ADAPTER = ["--adapter", "{world}/adapter"]
 WRONG = [  # (what is wrong with the world, flags of train.py behind the right ones, words of the message)
     # instructions
@@ -128,6 +133,7 @@ WRONG = [  # (what is wrong with the world, flags of train.py behind the right o
     (write("sft/config.json", "[]"), [], "holds a list, not an object"),
     (write("sft/config.json", DEEP), [], "sft/config.json"),
     (change("sft/config.json", model_type="gpt2"), [], "model_type 'gpt2' is not supported"),
+    (change("sft/config.json", quantization_config={"bits": 4}), [], "sft/config.json: quantization_config: the model is"),
     (change("sft/config.json", hidden_size="large"), [], "hidden_size is 'large'"),
     (change("sft/config.json", num_hidden_layers=10**9), [], "num_hidden_layers is 1000000000: it must be a whole number from 1"),
     (change("sft/config.json", num_hidden_layers=10**6), [], "num_hidden_layers is 1000000, but there are"),
@@ -168,6 +174,9 @@ WRONG = [  # (what is wrong with the world, flags of train.py behind the right o
     (an_adapter(use_dora=True), ADAPTER, "use_dora True is not supported"),
     (write("reward/x", ""), ADAPTER, "adapter: no adapter_config.json"),
     (adapter_without_weights, ADAPTER, "adapter_model.safetensors: not found"),
+    (adapter_of_nothing, ADAPTER, "adapter_model.safetensors: holds no adapter"),
+    (change("reward/config.json", model_type="gemma"), [], "reward/config.json: model_type 'gemma' is not supported"),
+    (change("reward/config.json", quantization_config={"bits": 4}), [], "reward/config.json: quantization_config: the model is"),
     # flags
     (None, ["--estimator", "chi_squared"], "estimator 'chi_squared' does not exist; choose clamped_kl"),
     (None, ["--steps", "0"], "steps is 0: must be at least 1"),
@@ -279,3 +288,13 @@ def test_the_other_programs_do_so_too(broken, monkeypatch, capsys, program, argv
     code, error = complaint(program, "program", [flag.format(world=broken) for flag in argv], monkeypatch, capsys)
     assert code == 2 and words in error and len(error.strip().split("\n")) == 1, error
     assert not (broken / "out").exists()
+
+
+@pytest.mark.parametrize(("harm", "words"), [
+    (adapter_of_nothing, "adapter_model.safetensors: holds no adapter"), (an_adapter(lora_alpha=0), "lora_alpha is 0"),
+    (an_adapter(base_model_name_or_path=7), "--policy is missing: ")])
+def test_evaluate_says_what_is_wrong_with_an_adapter(broken, monkeypatch, capsys, harm, words):
+    harm(broken)
+    argv = [str(broken / "adapter"), "--data", str(broken / "data" / "evaluation.json"), "--prompt-template", "tiny"]
+    code, error = complaint(evaluate, "evaluate.py", argv, monkeypatch, capsys)
+    assert code == 2 and error.startswith("evaluate.py: ") and error.count("\n") == 1 and words in error, error

@@ -23,8 +23,9 @@ MAY_IMPORT = (  # of each storey: what of ours it may import
     | {name: EVALUATION | TRAINING | LIBRARY | FORMATS | {"tiny.annotators"} for name in PROGRAMS}
     | {name: TINY | LIBRARY for name in TINY} | {"tiny.make": TINY | LIBRARY | FORMATS | TRAINING | EVALUATION | PROGRAMS})
 # Lines, a little above what a file needs today: whoever wants more says why, in the same change.
-BUDGET = {"divergences": 160, "ppo": 720, "lora": 580, "model": 660, "reward": 660, "data": 300, "sft": 235, "train": 245,
-          "evaluate": 375, "formats.tokenizer": 330, "evaluation.judges": 460, "evaluation.measure": 315, "training.models": 300}
+BUDGET = {"divergences": 160, "ppo": 720, "lora": 620, "model": 665, "reward": 660, "data": 300, "sft": 235, "train": 245,
+          "evaluate": 375, "formats.tokenizer": 330, "evaluation.judges": 460, "evaluation.measure": 315, "training.models": 300,
+          "formats.tensors": 250}
 USUAL = 235
 # A public name whose callers rely on every parameter.
 LONG_SIGNATURES = {"model.generate"}
