@@ -43,7 +43,7 @@ from lora import load_lora, lora_layers
 from reward import RewardModel
 from training.checkpoint import load_weights
 from training.config import TINY_PRESET, Parser, RunConfig, stored_config
-from training.folder import checkpoints
+from training.folder import checkpoints, locked
 from training.models import Models, build_models, is_rule
 
 COMMANDS = ("run", "winrate", "report", "chat")
@@ -64,8 +64,6 @@ class Policy:
 def evaluate_folder(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
     """Measures what the folder holds; writes evaluation.json and outputs/ after every policy; returns {name: figures}."""
     adapter = (folder / "adapter_config.json").is_file()
-    if not adapter and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: neither a run folder (config.json) nor an adapter (adapter_config.json)")
     judges = llm_judges(args) if args.judge == "openai" else None  # a wrong address is said before models are loaded
     run, policies = (open_adapter if adapter else open_run)(folder, args)
     run.evaluation_length = args.max_tokens or run.evaluation_length
@@ -311,7 +309,10 @@ def check_options(args: argparse.Namespace) -> None:
 
 def run_command(args: argparse.Namespace) -> None:
     check_options(args)
-    results = evaluate_folder(args.folder, args)
+    if not any((args.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"{args.folder}: neither a run folder (config.json) nor an adapter (adapter_config.json)")
+    with locked(args.folder, ".evaluating.lock", "folder"):  # beside a run that is going on, but not beside another evaluation
+        results = evaluate_folder(args.folder, args)
     print(format_table(results))
     first, *others = results.items()
     for name, result in others:

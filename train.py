@@ -34,7 +34,7 @@ from formats.write import write_json
 from training.checkpoint import (LINES, State, check_run_folder, checkpoints_line, load_checkpoint, save_bundle,
                                  save_checkpoint)
 from training.config import RunConfig, build_config, build_parser, stored_config
-from training.folder import append_line, cut_after, read_lines
+from training.folder import append_line, cut_after, locked, read_lines
 from training.interrupts import Interrupts, Stopped
 from training.models import (Models, build_models, choose_dtype, is_rule, require_device, resolve_devices,
                              same_kernels)
@@ -49,8 +49,13 @@ REFERENCE_DEVICE = "cuda:1"  # reference and reward: frozen
 
 
 def train(run: RunConfig, resume: bool = False) -> Path:
-    """The whole run; returns its folder."""
-    out = Path(run.out)
+    """The whole run, in a folder that no other process is in; returns it."""
+    with locked(Path(run.out)) as out:
+        train_in(out, run, resume)
+    return out
+
+
+def train_in(out: Path, run: RunConfig, resume: bool) -> None:
     checkpoint = check_run_folder(out, resume)  # before anything slow
     torch.manual_seed(run.seed)
     tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
@@ -69,7 +74,6 @@ def train(run: RunConfig, resume: bool = False) -> Path:
     if checkpoint:
         load_checkpoint(run, models, state, checkpoint)
         print(f"resumed from {checkpoint}")
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", run.to_dict())
     for name in LINES:
         cut_after(out / name, state.step if checkpoint else -1)
@@ -83,7 +87,6 @@ def train(run: RunConfig, resume: bool = False) -> Path:
         raise Stopped(f"stopped by {interrupts.caught.name} after step {state.step} of {run.steps}; go on with: python train.py "
                       f"--resume --out {out}", interrupts.caught)
     finish(out, benchmark)
-    return out
 
 
 def place(run: RunConfig) -> str:

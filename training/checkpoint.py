@@ -18,7 +18,7 @@ from formats.write import write_atomically
 from lora import load_lora, save_lora
 from model import Llama
 from training.config import RunConfig
-from training.folder import checkpoints, flush, newest_whole, prune, require_whole, save_whole, sweep
+from training.folder import checkpoints, flush, holds_files, newest_whole, prune, require_whole, save_whole, sweep
 from training.models import Models, is_rule
 
 LINES = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
@@ -88,7 +88,7 @@ def check_run_folder(out: Path, resume: bool) -> Path | None:
         if newest is None:
             print(f"{out} holds no checkpoint yet: the run begins again")
         return newest
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if holds_files(out):
         raise ValueError(f"--out {out} already holds files: --resume goes on with that run, another --out starts a new one")
     return None
 
