@@ -31,13 +31,12 @@ from evaluation.measure import Benchmark, evaluate_now, load_benchmark, measure_
 from evaluation.tables import before_after
 from formats.tokenizer import load_tokenizer
 from formats.write import write_json
-from training.checkpoint import (LINES, State, check_run_folder, checkpoints_line, load_checkpoint, save_bundle,
-                                 save_checkpoint)
+from training.checkpoint import LINES, State, load_checkpoint, save_bundle, save_checkpoint
 from training.config import RunConfig, build_config, build_parser, stored_config
-from training.folder import append_line, cut_after, locked, read_lines
+from training.devices import require_device, resolve_devices, same_kernels
+from training.folder import append_line, check_run_folder, checkpoints_line, cut_after, locked, read_lines
 from training.interrupts import Interrupts, Stopped
-from training.models import (Models, build_models, choose_dtype, is_rule, require_device, resolve_devices,
-                             same_kernels)
+from training.models import Models, build_models, choose_dtype, is_rule
 from training.plan import plan_of
 from training.progress import LEGEND, StepProgress, describe_run, save_samples, step_line
 from training.watch import Watch

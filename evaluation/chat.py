@@ -24,8 +24,9 @@ from formats.tokenizer import load_tokenizer
 from lora import load_lora, lora_disabled, lora_weights
 from model import Llama, generate
 from training.config import RunConfig, stored_config
+from training.devices import resolve_devices
 from training.folder import checkpoints, require_whole
-from training.models import adapt_policy, choose_dtype, load_policy, resolve_devices
+from training.models import adapt_policy, choose_dtype, load_policy
 
 Speaker = tuple[Llama, Callable[[], AbstractContextManager]]  # a model, and what to switch on while it answers
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from formats.read import refuse_unfinished
 from formats.tensors import Stored, bin_tensors, parse_json, read_tensor, stored_tensors
 from formats.write import new_folder, write_json, write_tensors
 
@@ -66,6 +67,7 @@ def open_base(base: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Stored
     if not (base / "config.json").is_file() and (gguf or (base / "params.json").is_file()):
         raise ValueError(f"{base}: {'GGUF' if gguf else 'Meta'} format: first make a Hugging Face folder of it: "
                          f"`python model.py convert --model {base} --out DIR`")
+    refuse_unfinished(base)
     if not (base / "config.json").is_file():
         raise FileNotFoundError(f"{base}: not a Hugging Face folder: no config.json")
     config, stored = parse_json(base / "config.json", dict), stored_tensors(base)

@@ -29,6 +29,7 @@ def open_checkpoint(path: str | os.PathLike, build: Callable[[dict[str, Any]], A
     FileNotFoundError or ValueError with one line that says what the path is instead of a model.
     """
     path = local_copy(path)
+    refuse_unfinished(path)
     if (path / "config.json").is_file():
         return parse_json(path / "config.json", build), stored_tensors(path)
     if (path / "params.json").is_file():
@@ -44,6 +45,13 @@ def open_checkpoint(path: str | os.PathLike, build: Callable[[dict[str, Any]], A
         raise ValueError(f"{path}: holds {len(several)} .gguf files, name one of them: {', '.join(several)}")
     raise FileNotFoundError(f"{path / 'config.json'}: not found; a model is a folder with config.json and "
                             "model.safetensors, a folder of Meta's with params.json, a .gguf file, or org/name on the hub")
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """ValueError for the folder of a training of sft.py or reward.py that has not come to its end: it holds no model yet."""
+    if (folder / "training.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: holds a training that isn't finished; python sft.py (or reward.py, whichever began it) "
+                         f"--resume --out {folder} goes on with it")
 
 
 def local_copy(path: str | os.PathLike) -> Path:

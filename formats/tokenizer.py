@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from formats.gguf import gguf_file
+from formats.read import refuse_unfinished
 
 # What a tokenizer consists of on disk; each of the first three can hold a vocabulary.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
@@ -148,6 +149,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     where, hub = Path(path), HUB_NAME.fullmatch(str(path))
     if where.is_dir():
+        refuse_unfinished(where)
         return _from_folder(where)
     if where.is_file():
         return _gguf_tokenizer(where) if where.suffix == ".gguf" else _sentencepiece_tokenizer(where)

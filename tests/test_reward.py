@@ -1,5 +1,6 @@
 """What reward.py promises: scores are read where the text ends, groups equal pairs, checkpoints keep scores."""
 
+import io
 import json
 import math
 import random
@@ -255,6 +256,62 @@ def test_training_is_repeatable_and_lora_trains_adapter_and_head_only():
         changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert changed == {n for n in before if n.endswith((".lora_A", ".lora_B"))} | {"score.weight"}
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_the_loop_is_adamw_whose_rate_rises_in_a_line_and_falls_as_half_a_cosine():
+    """Bit for bit what torch's own scheduler makes of the same batches."""
+    groups, config = random_groups(4, [2, 3, 2, 4, 2]), TrainingConfig(3, 2, 1e-2, warmup=0.3, weight_decay=0.01, seed=5)
+    model, other = RewardModel(tiny_llama()), RewardModel(tiny_llama())
+    other.load_state_dict(model.state_dict())
+    train_reward(model, groups, config, progress=False)
+
+    parameters, draw = list(other.parameters()), torch.Generator().manual_seed(5)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: reward.warmup_cosine(step, 9, 3))
+    for _ in range(3):
+        for batch in reward.length_batches([max(map(len, group.sequences)) for group in groups], 2, draw):
+            reward._accumulate(other, [groups[i] for i in batch], 2, 0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step(), optimizer.zero_grad(set_to_none=True), schedule.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+@pytest.mark.parametrize("left", range(1, 7))
+def test_a_loop_left_after_any_step_goes_on_in_another_process(left):
+    """Through a file that holds no code; dropout is on."""
+    groups, config, states = random_groups(4, [2, 3, 2, 4, 2]), TrainingConfig(2, 2, 1e-2), {}
+
+    def build() -> RewardModel:
+        model = RewardModel(add_lora(tiny_llama(), dropout=0.5))
+        model.backbone.requires_grad_(True)
+        return model
+
+    def keep(loop: reward.Loop) -> None:
+        states[loop.step] = io.BytesIO()
+        torch.save([loop.state_dict(), whole.state_dict()], states[loop.step])
+
+    whole = build()
+    history = train_reward(whole, groups, config, held_out=groups, progress=False, on_step=keep)
+    states[left].seek(0)
+    state, weights = torch.load(states[left], weights_only=True)
+    again = build()
+    again.load_state_dict(weights)
+    assert sorted(states) == list(range(7)) and history == train_reward(
+        again, groups, config, held_out=groups, progress=False, on_step=lambda loop: loop.step or loop.load_state_dict(state))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_a_weight(model):
+    groups, before = random_groups(4, [2, 2]), [p.detach().clone() for p in model.parameters()]
+    model.score.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(FloatingPointError, match="step 1: grad_norm is .*; stopped before the optimiser step"):
+        train_reward(model, groups, TrainingConfig(1, 2, 1e-2), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    with torch.no_grad():
+        model.score.weight.fill_(torch.nan)
+    for measure in (accuracy, lambda *a: standardise(model, [[5, 6], [7, 8]])):
+        with pytest.raises(FloatingPointError, match="scores are NaN or infinite"):
+            measure(model, groups)
 
 
 def test_nothing_to_train_on_is_named(model):

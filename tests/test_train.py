@@ -23,7 +23,8 @@ from model import Llama
 from training.checkpoint import load_weights
 from training.config import FIELDS, stored_config
 from training.folder import append_line, checkpoints, cut_after
-from training.models import build_models, resolve_devices
+from training.devices import resolve_devices
+from training.models import build_models
 
 
 @pytest.fixture(scope="module")

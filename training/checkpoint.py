@@ -18,7 +18,7 @@ from formats.write import write_atomically
 from lora import load_lora, save_lora
 from model import Llama
 from training.config import RunConfig
-from training.folder import checkpoints, flush, holds_files, newest_whole, prune, require_whole, save_whole, sweep
+from training.folder import flush, prune, require_whole, save_whole
 from training.models import Models, is_rule
 
 LINES = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
@@ -76,21 +76,6 @@ def write_state(file: Path, models: Models, state: State) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
-
-
-def check_run_folder(out: Path, resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None to begin at the beginning; an error when the folder holds another run's results."""
-    if resume:
-        sweep(out)
-        newest = newest_whole(out)
-        if newest is None and checkpoints(out):
-            raise ValueError(f"--resume: no checkpoint in {out} is whole: delete the folder to start anew")
-        if newest is None:
-            print(f"{out} holds no checkpoint yet: the run begins again")
-        return newest
-    if holds_files(out):
-        raise ValueError(f"--out {out} already holds files: --resume goes on with that run, another --out starts a new one")
-    return None
 
 
 def read_state(file: Path) -> dict[str, Any]:
@@ -158,9 +143,3 @@ def save_bundle(out: Path, step: int, error: FloatingPointError) -> str:
     except (OSError, RuntimeError) as trouble:
         return f"; the batch could not be saved ({str(trouble).splitlines()[0]})"
     return f"; the batch is in {file}"
-
-
-def checkpoints_line(out: Path) -> str:
-    """What there is to go on from."""
-    newest = newest_whole(out)
-    return f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"

@@ -228,3 +228,44 @@ def require_whole(checkpoint: Path) -> Path:
     if what := damage(checkpoint):
         raise ValueError(f"{checkpoint} is damaged: {what}")
     return checkpoint
+
+
+def checkpoints_line(out: Path) -> str:
+    """What there is to go on from."""
+    newest = newest_whole(out)
+    return f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+
+def check_run_folder(out: Path, resume: bool) -> Path | None:
+    """The checkpoint to resume from, or None to begin at the beginning; an error when the folder holds another run's results."""
+    if resume:
+        sweep(out)
+        newest = newest_whole(out)
+        if newest is None and checkpoints(out):
+            raise ValueError(f"--resume: no checkpoint in {out} is whole: delete the folder to start anew")
+        if newest is None:
+            print(f"{out} holds no checkpoint yet: the run begins again")
+        return newest
+    if holds_files(out):
+        raise ValueError(f"--out {out} already holds files: --resume goes on with that run, another --out starts a new one")
+    return None
+
+
+def move_in(out: Path, write: Callable[[Path], object], last: str) -> None:
+    """Everything that write(folder) makes, moved into `out`, the file named `last` behind all others: with it, all is there."""
+    part = out / ".model.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        write(part)
+        for path in part.rglob("*"):
+            flush(path)
+        for path in sorted(part.iterdir(), key=lambda path: path.name == last):
+            if path.name == last:
+                flush(out)
+            if (out / path.name).is_dir():  # moved by a process that was killed before it came to the last
+                shutil.rmtree(out / path.name)
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    flush(out)
