@@ -248,6 +248,7 @@ def check_run_folder(out: Path, resume: bool) -> Path | None:
         return newest
     if holds_files(out):
         raise ValueError(f"--out {out} already holds files: --resume goes on with that run, another --out starts a new one")
+    sweep(out)
     return None
 
 

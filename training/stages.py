@@ -306,7 +306,7 @@ def exit_code(program: str, run: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         line, code = "interrupted before the first step", 130
     except (ValueError, FileNotFoundError, PermissionError) as error:
-        line, code = str(error).replace("\n", " "), 2
+        line, code = " ".join(str(error).splitlines()), 2  # a name may hold a line break
     except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         line, code = str(error).partition("\n")[0], 1
     print(f"{program}: {line}", file=sys.stderr)

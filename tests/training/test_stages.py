@@ -277,7 +277,7 @@ BAD_FLAGS = [(["--epochs", "0"], "argument --epochs: 0: must be at least 1"), ([
              (["--seed", "-1"], "must be from 0 to"), (["--save-every", "0"], "must be at least 1"),
              (["--max-tokens", "0"], "at least 1"), (["--device", "cuda:7"], "--device cuda:7 is not there: choose from"),
              (["--device", "phone"], "--device phone is not there"),
-             (["--stepz", "3"], "unrecognized arguments: --stepz 3"), (["--data", "none.json"], "none.json"),
+             (["--stepz", "3"], "unrecognized arguments: --stepz 3"), (["--data", "none.json"], "none.json"), (["--data", "no\r\nne"], "no ne"),
              (["--max-grad-norm", "inf"], "inf: must be a finite number"), (["--tuning", "half"], "invalid choice: 'half'")]
 
 
