@@ -51,7 +51,8 @@ class RunConfig:
     prompt_template: str = setting("alpaca", "data and models", "", "alpaca, tiny, chat (the tokenizer's own) or a JSON file")
     query_length: int = setting(192, "data and models", "tokens", "longer prompts are dropped", low=1)
     out: str | None = setting(None, "run", "", "run folder; None: runs/<estimator>-s<seed>")
-    seed: int = setting(0, "run", "", "decides initialisation, sampling, dropout and the order of the data")
+    seed: int = setting(0, "run", "", "decides initialisation, sampling, dropout and the order of the data", low=0,
+                        high=2**63 - 1)
     steps: int = setting(100, "run", "PPO steps", "how many to take", low=1)
     save_every: int = setting(20, "run", "PPO steps", "between checkpoints; the last step is always saved", low=1)
     keep: int = setting(0, "run", "checkpoints", "the newest that are kept; 0: all", low=0)
@@ -64,7 +65,7 @@ class RunConfig:
     reference_dtype: str = setting("same", "placement", "", "of reference and reward (the released code: float32); same: dtype",
                                    ("same", "float32", "bfloat16", "float16"))
     tuning: str = setting("lora", "tuned weights", "", "lora, or full fine-tuning of policy and value", ("lora", "full"))
-    lora_rank: int = setting(8, "tuned weights", "", "rank k of B A (Eq. 1)", low=1)
+    lora_rank: int = setting(8, "tuned weights", "", "rank k of B A (Eq. 1)", low=1, high=2**16)
     lora_alpha: float = setting(64.0, "tuned weights", "", "the update is scaled by alpha / rank", above=0)
     lora_targets: str = setting("q_proj,k_proj,v_proj,o_proj", "tuned weights", "", "adapted layers, by commas (MLP: gate_proj, "
                                 "up_proj, down_proj)")

@@ -20,6 +20,7 @@ import json
 import math
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -54,7 +55,7 @@ def number(kind: type, **bounds: float) -> Callable[[str], Any]:
     """An argparse type: a finite number inside ppo.setting's bounds."""
     def parse(text: str) -> Any:
         value = kind(text)
-        if not math.isfinite(value):
+        if not abs(value) < 2**63:  # nor NaN; torch counts in 64 bits
             raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
         inside = (bounds.get("low", value) <= value <= bounds.get("high", value)
                   and bounds.get("above", -math.inf) < value < bounds.get("below", math.inf))
@@ -82,7 +83,7 @@ def training_flags(parser: argparse.ArgumentParser, defaults: Any, rates: dict[s
     training.add_argument("--seed", type=number(int, low=0, high=2**63 - 1), default=defaults.seed,
                           help="of split, order, initialisation and dropout")
     lora = parser.add_argument_group("LoRA (paper, section 2.2)")
-    lora.add_argument("--lora-rank", type=count, default=8, help="rank")
+    lora.add_argument("--lora-rank", type=number(int, low=1, high=2**16), default=8, help="rank")
     lora.add_argument("--lora-alpha", type=number(float, above=0), default=64.0, help="scale, over rank")
     lora.add_argument("--lora-dropout", type=number(float, low=0, below=1), default=0.1, help="dropout probability")
     machine = parser.add_argument_group("machine")
@@ -258,10 +259,10 @@ class Stage:
         """The reverse."""
         try:
             stored = load_file(checkpoint / "trained.safetensors")
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings(action="ignore"):
                 for name, parameter in self.trained().items():
                     parameter.copy_(stored[name])
-            loop.load_state_dict(torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True))
+                loop.load_state_dict(torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True))
         except Exception as error:  # torch, pickle and zip each raise their own kinds
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{checkpoint}: is no checkpoint of this training ({what})") from None
