@@ -20,6 +20,7 @@ B batch, S sequence.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ from torch import Tensor
 
 
 # ----------------------------------------------------------------------------------------------------------- data files
+
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate: JSON may hold one, and no tokenizer and no file takes it
 
 
 def load_instructions(path: str | Path, need_output: bool = False) -> list[dict]:
@@ -63,14 +66,24 @@ def load_preferences(path: str | Path) -> list[dict]:
     return records
 
 
+def read_text(path: str | Path) -> str:
+    """A user's text file, with or without the byte order mark that Windows puts before it. ValueError where it isn't UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for every half character."""
+    return HALF_A_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def _read_records(path: Path) -> Iterator[tuple[str, dict]]:
     """Yield ("file: record i", object) for a JSON list or JSON lines."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file; give a JSON list of records, or one JSON object a line")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path}: the file is empty; give a JSON list of records, or one JSON object a line")
     records = _parse_list(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text)
@@ -80,6 +93,11 @@ def _read_records(path: Path) -> Iterator[tuple[str, dict]]:
         where = f"{path}: record {i}"
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected an object with an 'instruction', found {type(record).__name__}")
+        for field, value in record.items():
+            half = isinstance(value, str) and HALF_A_CHARACTER.search(value)
+            if half:
+                raise ValueError(f"{where}: field '{field}' holds half a character, {half[0]!r} at position {half.start()}, as "
+                                 "of an emoji that was cut in two: take it away or write it whole")
         yield where, record
 
 
@@ -154,22 +172,32 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def get_template(template: str | Template) -> Template:
-    """A template by name (TEMPLATES), or from a JSON file of AlpacaFarm's form: prompt_inputs, prompt_noinputs."""
+def get_template(template: str | Template | dict[str, str]) -> Template:
+    """A template by name (TEMPLATES), or of AlpacaFarm's form, prompt_inputs and prompt_noinputs, from a JSON file or its
+    contents."""
     if isinstance(template, Template):
         return template
-    if template in TEMPLATES:
+    if isinstance(template, str) and template in TEMPLATES:
         return TEMPLATES[template]
-    if not Path(template).is_file():
+    if not isinstance(template, dict) and not Path(template).is_file():
         raise ValueError(f"template {template!r}: neither a file nor one of {', '.join(TEMPLATES)}, chat")
     try:
-        texts = json.loads(Path(template).read_text(encoding="utf-8"))
+        texts = template if isinstance(template, dict) else json.loads(read_text(template))
         read = Template(texts["prompt_inputs"], texts["prompt_noinputs"], texts.get("before_response", ""))
         read.with_input.format(instruction="", input=""), read.without_input.format(instruction="")
+        "".join(read).encode()  # half a character fails here
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError) as error:
         raise ValueError(f"{template}: a template file is JSON with prompt_inputs (slots {{instruction}} and {{input}})"
                          f" and prompt_noinputs ({{instruction}} only): {type(error).__name__} {error}") from None
     return read
+
+
+def template_to_store(template: str) -> str | dict[str, str]:
+    """A template as it is kept beside what was trained on it: its name, or what its file holds."""
+    if template in (*TEMPLATES, "chat"):
+        return template
+    read = get_template(template)
+    return {"prompt_inputs": read.with_input, "prompt_noinputs": read.without_input, "before_response": read.before_response}
 
 
 def format_prompt(example: dict, template: str | Template = "alpaca", tokenizer: Any = None) -> str:
@@ -207,10 +235,10 @@ class Prompts(NamedTuple):
 
 
 def tokenize_prompts(examples: Sequence[dict], tokenizer: Any, template: str | Template = "alpaca",
-                     max_tokens: int = 192) -> Prompts:
+                     max_tokens: int = 192, limit: str = "max_tokens") -> Prompts:
     """Tokenise every prompt; those of more than `max_tokens` tokens are dropped, never cut, as in the released code.
 
-    Raises ValueError where none is left.
+    Raises ValueError where none is left, which calls the number as its user does: `limit`.
     """
     if template != "chat":
         template = get_template(template)
@@ -218,7 +246,7 @@ def tokenize_prompts(examples: Sequence[dict], tokenizer: Any, template: str | T
     short = [i for i, prompt in enumerate(ids) if len(prompt) <= max_tokens]
     if not short:
         shortest = min(map(len, ids), default=0)
-        raise ValueError(f"max_tokens = {max_tokens}: all {len(ids)} prompts are longer (the shortest has {shortest})")
+        raise ValueError(f"{limit} {max_tokens}: all {len(ids)} prompts are longer (the shortest has {shortest} tokens)")
     return Prompts([ids[i] for i in short], [examples[i] for i in short], len(ids) - len(short))
 
 

@@ -8,11 +8,12 @@ shape, and returns the penalty in the same shape, in nats, without β. Only `tru
     python divergences.py        # Schulman's check: bias and deviation of every estimator, about a second
 
 Departures from the paper: `negative_kl` is not in Table 1 (it is section 4's probe that maximises KL). From its code:
-everything stays in log space and float32, so that no probability underflows into NaN; `bregman` is capped (see there).
+everything stays in log space and at least float32, so that no probability underflows into NaN; `bregman` is capped (see there).
 
 Shapes: ... any leading dimensions (usually B batch, T response length), V vocabulary.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -24,13 +25,18 @@ MAX_LOG_RATIO = 40.0
 
 
 def log_ratio(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log π(y) − log π_ref(y) in float32; the one quantity from which every estimator below follows.
+    """log π(y) − log π_ref(y), in float32 or, of doubles, in float64; all that the estimators below look at.
 
     Raises ValueError when the shapes differ: broadcasting would silently compare tokens with other tokens.
     """
     if logprobs.shape != ref_logprobs.shape:
         raise ValueError(f"logprobs {tuple(logprobs.shape)}, ref_logprobs {tuple(ref_logprobs.shape)}: shapes differ")
-    return logprobs.float() - ref_logprobs.float()
+    return _wide(logprobs) - _wide(ref_logprobs)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: in half precision differences near the reference would round to 0."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -108,12 +114,12 @@ def get_estimator(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def true_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """Exact KL(π‖π_ref) at each position, summed over the vocabulary in float32: (..., V), (..., V) → (...), nats.
+    """Exact KL(π‖π_ref) at each position, summed over the vocabulary in at least float32: (..., V), (..., V) → (...).
 
-    This is the "true KL" of section 4 and Figures 2 and 3. Tokens that π rules out (logit −inf) contribute nothing.
+    In nats; the "true KL" of section 4 and Figures 2 and 3. Tokens that π rules out (logit −inf) contribute nothing.
     Raises ValueError when the shapes differ.
     """
-    logprobs, ref_logprobs = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    logprobs, ref_logprobs = _wide(logits).log_softmax(-1), _wide(ref_logits).log_softmax(-1)
     gap = log_ratio(logprobs, ref_logprobs).masked_fill(logprobs.isneginf(), 0.0)  # 0 · (−inf − x) would be NaN
     return (logprobs.exp() * gap).sum(-1)
 
@@ -135,6 +141,7 @@ def schulman_check(ref_mean: float, n: int = 1_000_000) -> dict[str, tuple[float
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # a console that has no π shows ? and goes on
     near, far = schulman_check(ref_mean=0.1), schulman_check(ref_mean=1.0)
     print("Samples from π = N(0, 1); how well does each estimator guess KL(π‖π_ref) from one sample?\n")
     print(f"{'':22}{'π_ref = N(0.1, 1)':^22}{'π_ref = N(1, 1)':^22}")

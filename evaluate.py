@@ -29,23 +29,27 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data import encode_pair, format_prompt
+from data import format_prompt
 from divergences import ESTIMATORS
-from evaluation.factuality import QUESTION, count_facts, fact_figures, load_passages, load_topics
-from evaluation.judges import (Endpoint, EndpointError, Judge, LLMJudge, ScoreJudge, Verdict, compare, endpoints_of, load_pool,
+from evaluation.endpoint import Endpoint
+from evaluation.factuality import QUESTION, check_topics, count_facts, fact_figures, load_passages, load_topics
+from evaluation.judges import (EndpointError, Judge, LLMJudge, ScoreJudge, Verdict, compare, endpoints_of, load_pool,
                                read_annotations, summary, whole_instruction)
-from evaluation.measure import Benchmark, evaluate_policy, judged, load_benchmark, measure_reward
-from evaluation.results import merge_results, read_object, write_annotations, write_outputs
+from evaluation.measure import Benchmark, evaluate_policy, judged, load_benchmark
+from evaluation.results import measured_before, read_object, result_name, write_annotations, write_outputs, write_results
 from evaluation.statistics import bootstrap, win_rate
 from evaluation.tables import changes_in_words, format_table, quality_table
 from formats.tokenizer import load_tokenizer
+from formats.write import any_console
 from lora import load_lora, lora_layers
-from reward import RewardModel
 from training.checkpoint import load_weights
 from training.config import TINY_PRESET, Parser, RunConfig, stored_config
-from training.folder import checkpoints
-from training.models import Models, build_models, is_rule
+from training.folder import checkpoints, locked
+from training.models import Models, build_models
+from training.origin import texts_digest
+from training.rewards import ScoreTexts, is_rule, open_reader
 
+OPENAI = "https://api.openai.com/v1"
 COMMANDS = ("run", "winrate", "report", "chat")
 
 
@@ -64,18 +68,22 @@ class Policy:
 def evaluate_folder(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
     """Measures what the folder holds; writes evaluation.json and outputs/ after every policy; returns {name: figures}."""
     adapter = (folder / "adapter_config.json").is_file()
-    if not adapter and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: neither a run folder (config.json) nor an adapter (adapter_config.json)")
     judges = llm_judges(args) if args.judge == "openai" else None  # a wrong address is said before models are loaded
     run, policies = (open_adapter if adapter else open_run)(folder, args)
-    run.evaluation_length = args.max_tokens or run.evaluation_length
+    run.evaluation_length, run.query_length = args.max_tokens or run.evaluation_length, args.query_length or run.query_length
     tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
-    benchmark = open_benchmark(args, run, tokenizer)
-    passages = load_passages(args.passages) if args.passages else None
+    benchmark, passages, older = open_benchmark(args, run, tokenizer), None, measured_before(folder)
+    if args.passages:
+        check_topics(benchmark.topics, passages := load_passages(args.passages))
+    print(benchmark.in_words(run.query_length))
     models = build_models(run, tokenizer)
+    for note in models.notes:
+        if note.startswith(("reward: ", "warning: ")):
+            print(note)
     judges = judges or other_judges(args, models, run, benchmark)
+    settings = settings_of_this(args, run, benchmark, judges)
 
-    def ask_all(prompts: Sequence[str], desc: str) -> list[str]:
+    def ask_all(prompts: Sequence[str], desc: str) -> list[str | None]:
         endpoint = endpoints_of(judges.pool)[0]
         return endpoint.ask_all(prompts, file=folder / "facts.jsonl", parallel=args.parallel, desc=desc)
 
@@ -85,15 +93,26 @@ def evaluate_folder(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
         trained = policy.step > 0  # else it is its own reference, and every KL zero
         result = evaluate_policy(models, run, benchmark, policy.name, args.kl_tokens if trained else 0,
                                  {name: f for name, f in ESTIMATORS.items() if name != "none"} if trained else None)
+        name = result_name(older, policy.name, settings)
         if judges:
-            records = judge_answers(judges, benchmark.tasks, result["responses"], folder, policy.name)
+            records = judge_answers(judges, benchmark.tasks, result, folder, name)
             result |= {"judge": judges.label} | judged([record["preference"] for record in records])
         if passages is not None:
             result |= fact_figures(count_facts(benchmark.topics, result["about"], passages, ask_all))
-        write_outputs(folder, policy.name, benchmark, result)
-        results[policy.name] = {"step": policy.step, "data": str(run.evaluation)} | result
-        merge_results(folder, results)
+        write_outputs(folder, name, benchmark, result)
+        results[name] = {"step": policy.step, "data": str(run.evaluation), "policy": policy.name, "settings": settings} | result
+        write_results(folder, results)
     return results
+
+
+def settings_of_this(args: argparse.Namespace, run: RunConfig, benchmark: Benchmark, judges: "Judges | None") -> dict[str, Any]:
+    """Everything but the policy that decides an evaluation's figures."""
+    judging = {"judge": judges.label, "judge_seed": args.judge_seed} if judges else {"judge": None}
+    return {"n": len(benchmark.tasks)} | judging | {
+        "data": str(run.evaluation), "digest": texts_digest(benchmark.prompts, benchmark.tasks), "seed": run.seed,
+        "template": run.prompt_template, "temperature": run.ppo.temperature, "query_length": run.query_length,
+        "max_tokens": run.evaluation_length or run.ppo.response_length, "kl_tokens": args.kl_tokens,
+        "topics": str(args.topics) if args.topics else None, "passages": str(args.passages) if args.passages else None}
 
 
 def open_run(folder: Path, args: argparse.Namespace) -> tuple[RunConfig, list[Policy]]:
@@ -120,7 +139,7 @@ def open_adapter(folder: Path, args: argparse.Namespace) -> tuple[RunConfig, lis
     """The same of a policy adapter in PEFT's layout: a run without a reward, as an adapter names no reward model. Where its base
     is the miniature world's model, what is not given comes from that world."""
     base = args.policy or read_object(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
+    if not (base and isinstance(base, str)):
         raise ValueError(f"--policy is missing: {folder}/adapter_config.json names no base model")
     preset = TINY_PRESET if Path(base).resolve() == Path(TINY_PRESET["policy"]).resolve() else {}
     asked = {"evaluation": args.data, "prompt_template": args.prompt_template, "temperature": args.temperature}
@@ -146,6 +165,10 @@ def open_benchmark(args: argparse.Namespace, run: RunConfig, tokenizer: Any) -> 
     benchmark = load_benchmark(run.evaluation, tokenizer, run.prompt_template, run.query_length)
     if args.limit:
         benchmark.tasks, benchmark.prompts = benchmark.tasks[:args.limit], benchmark.prompts[:args.limit]
+    miniature = bool(benchmark.tasks[0].get("family"))
+    without = next((i for i, task in enumerate(benchmark.tasks) if not task.get("output")), None)
+    if without is not None and (args.judge not in ("auto", "none") or args.judge == "auto" and miniature):
+        raise ValueError(f"--data: evaluation instruction {without + 1} has no output to compare answers with")
     if args.topics:
         benchmark.topics, benchmark.about = load_topics(args.topics), []
         questions = [{"instruction": QUESTION.format(topic=topic)} for topic in benchmark.topics]
@@ -161,9 +184,6 @@ def whole_number(text: str) -> int:
 
 # ----------------------------------------------------------------------------------------------------------- judgements
 
-ScoreTexts = Callable[[Sequence[dict], Sequence[str]], list[float]]  # (tasks, answers) → a reward model's scores
-
-
 @dataclass
 class Judges:
     """Who decides: a pool of which one judges each pair, or a reward model, which reads everything at once."""
@@ -177,14 +197,17 @@ class Judges:
 
 def llm_judges(args: argparse.Namespace) -> Judges:
     """--judge openai."""
+    key = os.environ.get("OPENAI_API_KEY") or None
+
     def connect(model: str, **settings: Any) -> Endpoint:
-        return Endpoint(args.base_url, model, key=os.environ.get("OPENAI_API_KEY") or None, timeout=args.judge_timeout,
-                        **settings)
+        return Endpoint(args.base_url, model, key=key, timeout=args.judge_timeout, **settings)
 
     if args.judge_pool:
         pool = load_pool(args.judge_pool, connect)
     else:
         pool = {model: LLMJudge(connect(model)) for model in args.judge_model}
+    if key is None and args.base_url == OPENAI:  # before any answer is sampled
+        raise ValueError(f"--judge openai: {OPENAI} wants a key, in OPENAI_API_KEY; another server is named by --base-url")
     return Judges(", ".join(pool), pool, seed=args.judge_seed, parallel=args.parallel)
 
 
@@ -198,32 +221,21 @@ def other_judges(args: argparse.Namespace, models: Models, run: RunConfig, bench
         return Judges("annotators", pool, seed=args.judge_seed)
     if args.judge != "reward":
         return None
-    reward, tokenizer = models.reward, models.tokenizer
-    if args.judge_reward:
-        model = RewardModel.from_pretrained(args.judge_reward, device=models.reference_device)
-        tokenizer = load_tokenizer(args.judge_reward).for_template(run.prompt_template)
-
-        def reward(ids, mask, n):
-            return model(ids, mask)
-
-    def score(tasks: Sequence[dict], texts: Sequence[str]) -> list[float]:
-        pairs = [encode_pair(task, text, tokenizer, run.prompt_template) for task, text in zip(tasks, texts, strict=True)]
-        return measure_reward(reward, [p for p, _ in pairs], [r for _, r in pairs], pad_token_id=tokenizer.pad_token_id,
-                              device=models.reference_device)
-
-    return Judges("reward", score=score, seed=args.judge_seed)
+    if not args.judge_reward:
+        return Judges("reward", score=models.score_texts, seed=args.judge_seed)
+    reader, note = open_reader(args.judge_reward, "--judge-reward", run.prompt_template, args.reward_eos, None,
+                               models.reference_device)
+    print(f"judge: {args.judge_reward} reads instruction and answer as texts, {note}")
+    return Judges(f"reward {args.judge_reward}", score=reader.score_texts, seed=args.judge_seed)
 
 
-def judge_answers(judges: Judges, tasks: Sequence[dict], texts: Sequence[str], folder: Path, policy: str) -> list[dict]:
+def judge_answers(judges: Judges, tasks: Sequence[dict], result: dict, folder: Path, policy: str) -> list[dict]:
     """A judgement of each answer beside the reference output, in AlpacaEval's form; what a pool says is kept as it comes."""
-    without = next((i for i, task in enumerate(tasks) if not task.get("output")), None)
-    if without is not None:
-        raise ValueError(f"--data: evaluation instruction {without + 1} has no output to compare answers with")
-    references = [task["output"] for task in tasks]
+    texts, references = result["responses"], [task["output"] for task in tasks]
     pool, file = judges.pool, folder / "judgements.jsonl"
     if judges.score:
         both = [*tasks, *tasks], [*texts, *references]
-        scores = judges.score(*both)
+        scores = judges.score(*both, [*result["ended"], *[True] * len(tasks)])
         scored = {(whole_instruction(task), text): score for task, text, score in zip(*both, scores, strict=True)}
         pool, file = {"reward": ScoreJudge(scored)}, None
     records = compare(tasks, texts, references, pool, seed=judges.seed, file=file, parallel=judges.parallel,
@@ -247,6 +259,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--data", help="evaluation instructions with reference outputs (default: the run's)")
     run.add_argument("--reward", metavar="FILE.py:RULE", help="the run's own rule, which is code and runs only when it is named")
     run.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N of them")
+    run.add_argument("--query-length", type=int, metavar="N", help="tokens of the longest prompt, longer ones are left out "
+                     "(default: the run's, an adapter's 192)")
     run.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: as in training; the released code: 512)")
     run.add_argument("--kl-tokens", type=int, default=28_000, metavar="N", help="tokens on which the true KL is measured, in the "
                      "policy's own answers (default: %(default)s, the paper's)")
@@ -259,9 +273,11 @@ def build_parser() -> argparse.ArgumentParser:
                        "judges each pair")
     judge.add_argument("--judge-pool", type=Path, metavar="FILE", help="a pool with prompts of its own: JSON list of {model, "
                        "name, prompt, temperature, max_tokens}")
-    judge.add_argument("--base-url", default="https://api.openai.com/v1", metavar="URL",
+    judge.add_argument("--base-url", default=OPENAI, metavar="URL",
                        help="of the endpoint (default: %(default)s)")
     judge.add_argument("--judge-reward", metavar="DIR", help="the reward model that judges (default: the run's own)")
+    judge.add_argument("--reward-eos", choices=("yes", "no"), help="whether that model was trained on sequences that end in EOS, "
+                       "where its folder doesn't say")
     judge.add_argument("--judge-seed", type=int, default=0, help="draws judge and order of each pair (default: 0)")
     judge.add_argument("--judge-timeout", type=float, default=120.0, metavar="SECONDS", help="for an answer (default: 120)")
     judge.add_argument("--parallel", type=int, default=8, metavar="N", help="calls at once (default: 8)")
@@ -280,6 +296,8 @@ def build_parser() -> argparse.ArgumentParser:
                          "annotations.json, or JSON lines with a preference; several are runs of one configuration")
     report = commands.add_parser("report", help="the paper's tables and figures from finished runs")
     report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders of train.py")
+    report.add_argument("--judge", metavar="NAME", help="show what this judge said, as evaluation.json names it (default: the "
+                        "fullest evaluation of each run)")
     report.add_argument("--out", type=Path, required=True, help="folder for report.html, report.md and the pictures")
     chat = commands.add_parser("chat", help="answers to your instructions, SFT and policy side by side")
     chat.add_argument("folder", type=Path, metavar="RUN", help="a run folder of train.py")
@@ -292,7 +310,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(args: argparse.Namespace) -> None:
     """Contradictions between the flags of `run`."""
-    for name, low in (("limit", 0), ("kl_tokens", 1), ("parallel", 1), ("max_tokens", 1)):
+    for name, low in (("limit", 0), ("kl_tokens", 1), ("parallel", 1), ("max_tokens", 1), ("query_length", 1)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
     if not args.judge_timeout > 0:
@@ -303,6 +321,8 @@ def check_options(args: argparse.Namespace) -> None:
         for flag in ("judge_model", "judge_pool", "passages"):
             if getattr(args, flag):
                 raise ValueError(f"--{flag.replace('_', '-')} goes with --judge openai, not {args.judge}")
+    if args.reward_eos and not args.judge_reward:
+        raise ValueError("--reward-eos goes with --judge-reward: of the run's own reward model its training decided")
     if args.judge_reward and args.judge != "reward":
         raise ValueError(f"--judge-reward goes with --judge reward, not {args.judge}")
     if args.passages and not args.topics:
@@ -311,9 +331,12 @@ def check_options(args: argparse.Namespace) -> None:
 
 def run_command(args: argparse.Namespace) -> None:
     check_options(args)
-    results = evaluate_folder(args.folder, args)
-    print(format_table(results))
-    first, *others = results.items()
+    if not any((args.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"{args.folder}: neither a run folder (config.json) nor an adapter (adapter_config.json)")
+    with locked(args.folder, ".evaluating.lock", "folder"):  # beside a run that is going on, but not beside another evaluation
+        results = evaluate_folder(args.folder, args)
+    print(format_table({result["policy"]: result for result in results.values()}))
+    first, *others = ((result["policy"], result) for result in results.values())
     for name, result in others:
         print(f"{name} − {first[0]}, paired: {changes_in_words(first[1], result)}")
     last = list(results.values())[-1]
@@ -321,8 +344,13 @@ def run_command(args: argparse.Namespace) -> None:
         print("\n" + quality_table(last))
     unread = {name: r["n"] - r["judged"] for name, r in results.items() if r.get("judged", r["n"]) < r["n"]}
     if unread:
-        print("judgements that could not be read, left out: " + ", ".join(f"{name} {n}" for name, n in unread.items()))
-    print(f"written to {args.folder}: evaluation.json, with every response, and outputs/ for other evaluators")
+        print("judgements that could not be read or were refused, left out: "
+              + ", ".join(f"{name} {n}" for name, n in unread.items()))
+    if facts := {name: r["unread"] for name, r in results.items() if r.get("unread")}:
+        print("facts, or lists of them, that could not be read, left out: " + ", ".join(f"{k} {n}" for k, n in facts.items()))
+    beside = [name for name, result in results.items() if name != result["policy"]]
+    print(f"written to {args.folder}: evaluation.json, with every response, and outputs/ for other evaluators"
+          + (f"; under {', '.join(beside)}, beside what was measured with other settings" if beside else ""))
 
 
 def winrate_command(args: argparse.Namespace) -> None:
@@ -343,6 +371,7 @@ def winrate_command(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    any_console()
     argv = sys.argv[1:]
     if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
         argv = ["run", *argv]
@@ -355,7 +384,7 @@ def main() -> int:
         elif args.command == "report":
             from evaluation.report import write_report
 
-            write_report(args.folders, args.out)
+            write_report(args.folders, args.out, args.judge)
         else:
             from evaluation.chat import chat
 
@@ -365,7 +394,7 @@ def main() -> int:
         return 130
     except (ValueError, OSError, EndpointError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
+        return 1 if getattr(error, "raised", False) else 2  # a rule that failed on its way
     return 0
 
 

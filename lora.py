@@ -19,14 +19,16 @@ most bf16 updates round away; and merging is an explicit step, never a side effe
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
 import os
+import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ALPHA = 64  # section 2.2; what an adapter is scaled by whose file doesn't say
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PEFT_PREFIX = "base_model.model."  # PEFT names tensors base_model.model.<module>.lora_A.weight
 
 
@@ -54,6 +57,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank is {rank}: at least 1")
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha is {alpha}: a finite number")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}: from 0 up to but not 1")
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -202,7 +207,7 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 64, dropout: float 
         raise ValueError(f"the model already has LoRA layers ({next(iter(lora_layers(model)))}, ...): add them once")
     if not names:
         raise ValueError(f"targets {list(targets)} match no nn.Linear of {type(model).__name__}")
-    _adapt(model, names, rank, alpha, dropout)
+    _adapt(model, dict.fromkeys(names, (rank, alpha)), dropout)
     return model
 
 
@@ -211,10 +216,11 @@ def _matches(name: str, targets: Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _adapt(model: nn.Module, names: Sequence[str], rank: int, alpha: float, dropout: float,
-           use_rslora: bool = False, draw: bool = True) -> None:
+def _adapt(model: nn.Module, sizes: Mapping[str, tuple[int, float]], dropout: float, use_rslora: bool = False,
+           draw: bool = True) -> None:
+    """Adapts the layers that sizes names, each with its (rank, alpha)."""
     model.requires_grad_(False)
-    for name in names:
+    for name, (rank, alpha) in sizes.items():
         owner, _, leaf = name.rpartition(".")
         base = model.get_submodule(name)
         setattr(model.get_submodule(owner), leaf, LoRALinear(base, rank, alpha, dropout, use_rslora, draw))
@@ -333,15 +339,25 @@ def save_lora(model: nn.Module, directory: str | os.PathLike, base_model_name_or
     tensors = {name: tensor.contiguous() for name, tensor in lora_state_dict(model).items()}
     layers = lora_layers(model)
     layer = next(iter(layers.values()))
+    rank, ranks = _common({name: each.rank for name, each in layers.items()})
+    # An adapter has one use_rslora: where a layer has another, its alpha becomes the one that scales as much.
+    alpha, alphas = _common({name: each.alpha if each.use_rslora == layer.use_rslora else
+                             each.scaling / lora_scaling(each.rank, 1, layer.use_rslora) for name, each in layers.items()})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model_name_or_path,
-              "r": layer.rank, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout, "use_rslora": layer.use_rslora,
-              "target_modules": _target_modules(model, layers), "bias": "none", "fan_in_fan_out": False,
-              "inference_mode": True}
+              "r": rank, "rank_pattern": ranks, "lora_alpha": alpha, "alpha_pattern": alphas, "lora_dropout": layer.dropout,
+              "use_rslora": layer.use_rslora, "target_modules": _target_modules(model, layers), "bias": "none",
+              "fan_in_fan_out": False, "inference_mode": True}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
     _write(directory / "adapter_model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
     _write(directory / "adapter_config.json", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(the commonest of the layers' values, {a pattern of PEFT's that matches one layer: its value} for all others)."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {f"^{re.escape(name)}": value for name, value in values.items() if value != common}
 
 
 def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
@@ -368,23 +384,22 @@ def load_lora(model: nn.Module, path: str | os.PathLike, part: str | None = None
         raise ValueError(f"part is {part!r}: 'policy', 'value' or None")
     file, tensors, settings, rest = _read_adapter(Path(path), part, value_model=hasattr(model, "backbone"))
     adapted = lora_layers(model)
-    linear = adapted or {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = _adapted_names(file, tensors, settings["rank"],
-                           {name: (layer.out_features, layer.in_features) for name, layer in linear.items()},
-                           f"{type(model).__name__} has no {'adapter there' if adapted else 'such linear layer'}")
+    if any(layer.merged for layer in adapted.values()):
+        raise ValueError(f"{file}: the model's adapters are merged: call unmerge_lora before loading")
+    linear = adapted or {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    sizes = _adapted_layers(file, tensors, settings, linear, dict(model.named_parameters(remove_duplicate=False)),
+                            f"{type(model).__name__} has no {'adapter there' if adapted else 'such linear layer'}")
     for name, layer in adapted.items():
-        if name not in names:
+        if name not in sizes:
             raise ValueError(f"{file}: missing tensor {name}.lora_A")
-        if layer.rank != settings["rank"]:
-            raise ValueError(f"{file}: {name}.lora_A has rank {settings['rank']}, the model's adapter {layer.rank}")
-        if layer.merged:
-            raise ValueError(f"{file}: the model's adapters are merged: call unmerge_lora before loading")
+        if layer.rank != sizes[name][0]:
+            raise ValueError(f"{file}: {name}.lora_A has rank {sizes[name][0]}, the model's adapter {layer.rank}")
     if not adapted:
         # Nothing is drawn: a run that loads adapters into one more model must not differ from then on.
-        _adapt(model, names, **({"alpha": ALPHA} | settings), draw=False)
+        _adapt(model, sizes, settings["dropout"], draw=False)
     for name, layer in lora_layers(model).items():
         if "alpha" in settings:
-            layer.set_scaling(settings["alpha"], settings["use_rslora"])
+            layer.set_scaling(sizes[name][1], settings["use_rslora"])
         with torch.no_grad():
             layer.lora_A.copy_(tensors[f"{name}.lora_A"])
             layer.lora_B.copy_(tensors[f"{name}.lora_B"])
@@ -393,7 +408,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike, part: str | None = None
 
 def _read_adapter(path: Path, part: str | None, value_model: bool = False
                   ) -> tuple[Path, dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-    """(file, tensors by bare name, settings of _adapt, the value head) of a PEFT folder or a released file."""
+    """(file, tensors by bare name, settings, the value head) of a PEFT folder or a released file."""
     if (path / "adapter_config.json").is_file():
         return *_read_peft(path), {}
     try:
@@ -406,58 +421,103 @@ def _read_adapter(path: Path, part: str | None, value_model: bool = False
 # What PEFT's settings must be: otherwise A and B are not the whole change, or the stored base isn't what they change.
 PEFT_PLAIN = {"peft_type": ("LORA",), "bias": ("none", None),
               "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-              **dict.fromkeys(("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out",
-                               "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
-                               "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
-                              (None, False, {}, []))}
+              **dict.fromkeys(("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication",
+                               "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
+                               "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"), (None, False, {}, []))}
+WAY_OUT = ("merge it with PEFT first, PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(DIR), and name "
+           "DIR as the model")
+IS_RANK = (lambda x: type(x) is int and 0 < x < 10**6, "a whole number from 1 up")
+IS_ALPHA = (lambda x: type(x) in (int, float) and 0 < abs(x) < 1e30, "a finite number other than 0")
+PEFT_NUMBERS = {"r": IS_RANK, "lora_alpha": IS_ALPHA,
+                "lora_dropout": (lambda x: type(x) in (int, float) and 0 <= x < 1, "a number from 0 up to but not 1"),
+                "use_rslora": (lambda x: type(x) is bool, "true or false")}
 
 
 def _read_peft(directory: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """(file, tensors by bare name, settings of _adapt) of a PEFT folder.
+    """(file, tensors by bare name, settings) of a PEFT folder.
 
     The tensors tell which layers are adapted: target_modules may be a pattern, and isn't read.
     """
     config_file = directory / "adapter_config.json"
     config = {"lora_dropout": 0.0, "use_rslora": False} | _read_json(config_file)
-    kinds = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": bool}
-    for key, kind in kinds.items():
-        if not isinstance(config.get(key), kind) or key == "r" and config[key] < 1:
-            raise ValueError(f"{config_file}: not a LoRA configuration of PEFT: {key} is {config.get(key)!r}")
     for key, allowed in PEFT_PLAIN.items():
         if config.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{config_file}: {key} {config[key]!r} is not supported: {allowed[0]!r} is")
-    settings = dict(zip(("rank", "alpha", "dropout", "use_rslora"), (config[key] for key in kinds), strict=True))
+            where = " (it can where the base has biases)" if key == "lora_bias" else ""
+            raise ValueError(f"{config_file}: {key} {config[key]!r:.60} is not supported: {allowed[0]!r} is; {WAY_OUT}{where}")
+    for key, (right, words) in PEFT_NUMBERS.items():
+        if not right(config.get(key)):
+            raise ValueError(f"{config_file}: not a LoRA configuration of PEFT: {key} is {config.get(key)!r:.60}, not {words}")
+    settings = dict(zip(("rank", "alpha", "dropout", "use_rslora"), (config[key] for key in PEFT_NUMBERS), strict=True))
+    for key, (right, words) in (("rank_pattern", IS_RANK), ("alpha_pattern", IS_ALPHA)):
+        settings[key] = config.get(key) or {}
+        if not (isinstance(settings[key], dict) and all(map(right, settings[key].values()))):
+            raise ValueError(f"{config_file}: {key} is {settings[key]!r:.60}: it must give {words} for each pattern of names")
+        try:
+            list(map(re.compile, settings[key]))
+        except re.error as error:
+            raise ValueError(f"{config_file}: {key}: {error.pattern!r:.60} is no regular expression ({error})") from error
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        file = directory / name
-        if file.is_file():
+        if (file := directory / name).is_file():
             return file, {_bare_name(file, name): tensor for name, tensor in _read_tensors(file).items()}, settings
     raise FileNotFoundError(f"{directory / 'adapter_model.safetensors'}: not found beside adapter_config.json")
 
 
 def _bare_name(file: Path, name: str) -> str:
-    """base_model.model.X.lora_A.weight → X.lora_A"""
+    """base_model.model.X.lora_A.weight → X.lora_A; base_model.model.X.base_layer.weight, a copy of the base's → X.weight"""
     if name.startswith(2 * PEFT_PREFIX):
         raise ValueError(f"{file}: tensor {name} is wrapped twice, as when a PEFT model is made of a PEFT model and "
                          f"stored: take one {PEFT_PREFIX} off every name")
-    if not (name.startswith(PEFT_PREFIX) and name.endswith((".lora_A.weight", ".lora_B.weight"))):
-        raise ValueError(f"{file}: unexpected tensor {name}: PEFT's are {PEFT_PREFIX}<layer>.lora_A.weight or .lora_B")
-    return name.removeprefix(PEFT_PREFIX).removesuffix(".weight")
+    bare = name.removeprefix(PEFT_PREFIX)
+    if bare != name and bare.endswith((".lora_A.weight", ".lora_B.weight")):
+        return bare.removesuffix(".weight")
+    return bare.replace(".base_layer.", ".")
 
 
-def _adapted_names(file: Path, tensors: Mapping[str, Tensor], rank: int, shapes: Mapping[str, tuple[int, ...]],
-                   lacks: str) -> list[str]:
-    """The layers that tensors adapt, each of which must be in shapes, name: (out, in), else `lacks`, and fit it."""
+def _adapted_layers(file: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], layers: Collection[str],
+                    weights: Mapping[str, Tensor], lacks: str) -> dict[str, tuple[int, float]]:
+    """{layer: (rank, alpha)} of those that tensors adapt, each of which must be one of layers, else `lacks`, and fit it.
+
+    weights: the base's, X.weight (out, in) for each layer X. PEFT stores a copy of the output layer's beside its adapter:
+    passed over where it is the same.
+    """
+    if not any("lora_" in name for name in tensors):
+        raise ValueError(f"{file}: holds no adapter: none of its {len(tensors)} tensors is a lora_A or lora_B")
+    sizes = {}
     for name, tensor in tensors.items():
-        layer, leaf = _layer_of(name), name.rpartition(".")[2]
-        if leaf not in ("lora_A", "lora_B") or layer not in shapes:
+        layer, _, leaf = name.rpartition(".")
+        if leaf not in ("lora_A", "lora_B"):
+            if name not in weights or not _same(tensor, weights[name]):
+                raise ValueError(f"{file}: unexpected tensor {name}: neither the lora_A or lora_B of a layer nor the same as in "
+                                 f"the base; {WAY_OUT}")
+            continue
+        if layer not in layers:
             raise ValueError(f"{file}: unexpected tensor {name}: {lacks}")
-        shape = (rank, shapes[layer][1]) if leaf == "lora_A" else (shapes[layer][0], rank)
+        rank, alpha = sizes[layer] = _rank_and_alpha(layer, settings)
+        out, into = weights[f"{layer}.weight"].shape
+        shape = (rank, into) if leaf == "lora_A" else (out, rank)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, not {shape} as rank {rank} asks")
+        if tensor.dtype not in FLOATS or not bool(tensor.float().isfinite().all()):
+            raise ValueError(f"{file}: tensor {name} ({tensor.dtype}) holds NaN, infinity or no floating-point numbers")
         twin = f"{layer}.{'lora_B' if leaf == 'lora_A' else 'lora_A'}"
         if twin not in tensors:
             raise ValueError(f"{file}: missing tensor {twin}")
-    return list(dict.fromkeys(map(_layer_of, tensors)))
+    return sizes
+
+
+def _rank_and_alpha(layer: str, settings: Mapping[str, Any]) -> tuple[int, float]:
+    """Of a layer, by PEFT's rule (get_pattern_key): the first pattern that is the name, or its end from a dot on."""
+    def of_layer(key: str, default: float) -> Any:
+        patterns = settings.get(f"{key}_pattern", {})
+        return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)), default)
+
+    return of_layer("rank", settings["rank"]), of_layer("alpha", settings.get("alpha", ALPHA))
+
+
+def _same(copy: Tensor, weight: Tensor) -> bool:
+    """Whether a stored copy is the weight, in the coarser of their two dtypes."""
+    weight = weight.detach().cpu()
+    return copy.shape == weight.shape and (torch.equal(copy.to(weight.dtype), weight) or torch.equal(copy, weight.to(copy.dtype)))
 
 
 def _layer_of(name: str) -> str:
@@ -488,7 +548,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
     if not isinstance(content, dict):
@@ -521,53 +581,37 @@ def merge_checkpoint(base: str | os.PathLike, adapter: str | os.PathLike, out: s
 
     base: a Hugging Face folder, safetensors or .bin, in one file or in shards; the file names are kept. adapter: a
     PEFT folder or the paper's released pytorch_model.bin, of which the policy is taken. Every adapted weight becomes
-    what merge_lora makes of it, all else is unchanged; with dtype every tensor is rounded to it, once. One shard is in
-    memory at a time. All names and shapes are checked before anything is written; out appears when it is complete.
-    Needs formats/. Raises FileNotFoundError or ValueError naming file and tensor, also when out already holds files.
+    what merge_lora makes of it, all else is unchanged; with dtype every tensor is rounded to it, once. Without, all are
+    stored as they were, or in float32 where rounding would take half of the update. An output layer that is adapted and
+    tied to the embedding gets a weight of its own. One shard is in memory at a time. All names and shapes are checked
+    before anything is written; out appears when it is complete. Needs formats/. Raises FileNotFoundError or ValueError
+    naming file and tensor, also when out already holds files.
     """
-    from formats.adapters import open_base, rewrite
-    from formats.tensors import read_tensor
+    from formats.adapters import open_base, rewrite, tied_output
+    from formats.tensors import read_weight
 
     config, stored = open_base(base)
     file, tensors, settings, _ = _read_adapter(Path(adapter), part="policy")
-    weights = {name: read_tensor(stored[f"{name}.weight"], f"{name}.weight") for name in map(_layer_of, tensors)
-               if f"{name}.weight" in stored}
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items() if weight.dim() == 2 and weight.is_floating_point()}
+    tied = tied_output(config, stored)
+    named = {f"{_layer_of(name)}.weight" for name in tensors}
+    weights = {name: read_weight(where, name) for name, where in (stored | tied).items() if name in named}
+    layers = {_layer_of(name) for name, weight in weights.items() if weight.dim() == 2}
+    sizes = _adapted_layers(file, tensors, settings, layers, weights, f"{base} has no weight of its own for that layer")
     del weights  # their files are mapped: none of them was read, and none must stay
-    layers = _adapted_names(file, tensors, settings["rank"], shapes, f"{base} has no weight of its own for that layer")
-    scaling = lora_scaling(settings["rank"], settings.get("alpha", ALPHA), settings.get("use_rslora", False))
+    if tied and "lm_head" in sizes:  # from here on it is no longer the embedding
+        stored, config = stored | tied, config | {"tie_word_embeddings": False}
 
-    def change(name: str, weight: Tensor) -> Tensor:
-        layer = name.removesuffix(".weight")
-        if layer not in layers:
-            return weight
-        return merged_weight(weight, tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"], scaling, torch.float32)
-
-    return len(layers), rewrite(base, config, stored, out, change, dtype, progress)
+    changes = {f"{layer}.weight": partial(merged_weight, lora_A=tensors[f"{layer}.lora_A"], lora_B=tensors[f"{layer}.lora_B"],
+                                          scaling=lora_scaling(*size, settings.get("use_rslora", False)), dtype=torch.float32)
+               for layer, size in sizes.items()}
+    return len(sizes), rewrite(base, config, stored, out, changes, dtype, progress)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for bad input."""
-    parser = argparse.ArgumentParser(prog="lora.py", description="LoRA on disk; see `python lora.py merge --help`.")
-    merge = parser.add_subparsers(dest="command", required=True).add_parser(
-        "merge", help="fold an adapter into its base model",
-        description="Fold an adapter into its base model and write one plain Hugging Face folder, for transformers, "
-                    "vLLM or llama.cpp's converter. Each adapted weight becomes W + scaling * B A, computed in float32 "
-                    "and rounded once; the rest, tokenizer too, is the base's. A failed run leaves nothing behind.")
-    for flag, text in (("--base", "Hugging Face folder of the model that the adapter was trained on"),
-                       ("--adapter", "PEFT folder, such as a run's step-0020/policy, or the paper's pytorch_model.bin"),
-                       ("--out", "new folder for the merged model")):
-        merge.add_argument(flag, required=True, metavar="DIR", help=text)
-    merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights; default: as stored")
-    args = parser.parse_args(argv)
-    try:
-        dtype = getattr(torch, args.dtype) if args.dtype else None
-        layers, size = merge_checkpoint(args.base, args.adapter, args.out, dtype, progress=True)
-    except (ValueError, OSError) as error:
-        print(f"lora.py: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}: {layers} layers merged, {size / 1e6:,.1f} MB")
-    return 0
+    """The program, which needs more than this file. Exit code 0, or 2 with one line for bad input."""
+    from formats import adapters
+
+    return adapters.main(merge_checkpoint, argv)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+# MKL 2024.2, part of torch's x86 wheels, finds out the processor at its first sin, exp, sqrt, ..., and a second thread that
+# calls meanwhile may get kernels of 4 digits (docs/reliability.md). So one thread makes that call, before there are two.
+torch.zeros(1, device="cpu").sin()
+
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
@@ -121,8 +125,12 @@ class LlamaConfig:
         Fields that do not change the computation (use_cache, transformers_version, ...) are left out.
         """
         model_type = values.get("model_type", "llama")
-        if model_type != "llama":
-            raise ValueError(f"model_type {model_type!r} is not supported: only 'llama' is")
+        if model_type != "llama" or values.get("text_config"):
+            parts = " with a text_config" if values.get("text_config") else ""
+            raise ValueError(f"model_type {model_type!r}{parts} is not supported: only 'llama' is; other families go through "
+                             "ppo.py and lora.py taken by themselves (README.md)")
+        if quantised := [name for name in ("quantization_config", "compression_config") if values.get(name)]:
+            raise ValueError(f"{quantised[0]}: the model is quantised: name the unquantised one that it was made of")
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         rope = values.get("rope_parameters") or {}
         if not isinstance(rope, dict):
@@ -262,9 +270,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not F.rms_norm: no faster on a CPU, and with it 4 of 22 equal samplings on two threads rounded otherwise (of 52
-        # without, 1).
-        wide = x.float()
+        wide = x.float()  # not F.rms_norm: no faster on a CPU
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight
 
@@ -434,14 +440,17 @@ class Llama(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors, which transformers loads as LlamaForCausalLM.
 
-        A tied lm_head is stored once. Adapters of lora.py are not part of it: merge them first to store their effect.
+        A tied lm_head is stored once; one that an adapter was merged into is tied no more, and config.json says so.
+        Adapters of lora.py are not part of it: merge them first to store their effect.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        embedding = self.model.embed_tokens.weight
+        tied = self.lm_head.weight.data_ptr() == embedding.data_ptr()  # once unmerged it is another parameter, on the same memory
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.named_parameters()
-                   if not name.endswith((".lora_A", ".lora_B"))}
-        dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
-        text = json.dumps(self.config.to_dict() | {"torch_dtype": dtype}, indent=2) + "\n"
+                   if not name.endswith((".lora_A", ".lora_B")) and not (tied and name == "lm_head.weight")}
+        fields = {"tie_word_embeddings": tied, "torch_dtype": str(embedding.dtype).removeprefix("torch.")}
+        text = json.dumps(self.config.to_dict() | fields, indent=2) + "\n"
         _write(directory / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
         _write(directory / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
 
@@ -621,12 +630,13 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def open_plain_folder(path: Path, dtype: torch.dtype | None, device: Any) -> tuple[Llama, Iterable[tuple[str, Tensor]]]:
     """(a model without memory, its tensors) for a copy of this file without formats/: config.json and *.safetensors."""
-    config = LlamaConfig.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    config = LlamaConfig.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8-sig")))
     tensors = {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     model = without_memory(config)
     for name, parameter in model.named_parameters():  # a tied lm_head is in it once, as the embedding
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            raise ValueError(f"{path}: tensor {name} is missing, or not of shape {tuple(parameter.shape)}")
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != parameter.shape or not tensor.is_floating_point() or tensor.itemsize == 1:
+            raise ValueError(f"{path}: tensor {name} is missing, quantised, or not of shape {tuple(parameter.shape)}")
     return model, [(name, tensors[name].to(device, dtype)) for name, _ in model.named_parameters()]
 
 

@@ -190,10 +190,15 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """Unit deviation over real tokens, and zero mean if shift_mean; padding becomes 0. (B, T), (B, T) → (B, T)
 
     Without shift_mean this is a pure scale: 0 stays 0. The released code computes (x − mean) / std + mean, which moves
-    every token's reward by mean · (1 − 1/std) and so pays or charges the policy for length.
+    every token's reward by mean · (1 − 1/std) and so pays or charges the policy for length. Nor is anything scaled that
+    deviates by less than a hundredth of its size: of answers of one token that all earn 1, the 1e-8 would make 10,000.
     """
-    centred = x - masked_mean(x, mask) if shift_mean else x
-    return real(centred, mask) * torch.rsqrt(masked_variance(x, mask) + 1e-8)
+    variance = masked_variance(x, mask)
+    scale = torch.rsqrt(variance + 1e-8)
+    if shift_mean:
+        return real(x - masked_mean(x, mask), mask) * scale
+    deviates = variance > 1e-4 * masked_mean(x.square(), mask)
+    return real(x, mask) * torch.where(deviates, scale, 1.0)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = PPOConfig.gamma,
@@ -416,10 +421,15 @@ def rollout_stats(rollout: Rollout) -> dict[str, float]:
         "length": mask.sum(1).float().mean(),
         "finished": rollout.finished.float().mean(),
         "empty": (rollout.finished & (mask.sum(1) == 1)).float().mean(),
-        "explained_variance": 1 - masked_variance(rollout.returns - rollout.values, mask)
-        / masked_variance(rollout.returns, mask).clamp(min=1e-8),
+        "explained_variance": explained_variance(rollout.returns, rollout.values, mask),
     }
     return {name: x.item() for name, x in stats.items()}
+
+
+def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Share of the returns' variance that the values foresaw; 0 where there is none to foresee."""
+    there, left = masked_variance(returns, mask), masked_variance(returns - values, mask)
+    return torch.where(there > 1e-8, 1 - left / there.clamp(min=1e-8), 0.0)
 
 
 def token_mean_error(x: Tensor, mask: Tensor) -> Tensor:
@@ -692,7 +702,7 @@ def check_bounds(config: Any) -> None:
         value, bounds = getattr(config, f.name), f.metadata.get("bounds", {})
         if not isinstance(value, (int, float)):
             continue
-        if not math.isfinite(value):
+        if not abs(value) < 2**63:  # nor NaN; torch counts in 64 bits
             raise ValueError(f"{f.name} is {value}: must be a finite number")
         inside = (bounds.get("low", value) <= value <= bounds.get("high", value)
                   and bounds.get("above", -math.inf) < value < bounds.get("below", math.inf))

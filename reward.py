@@ -3,8 +3,9 @@
 
     python reward.py --base runs/sft --data preferences.json --out runs/reward                   # LoRA, one GPU
     python reward.py --base runs/sft --data preferences.json --out runs/reward --tuning full     # as AlpacaFarm did
+    python reward.py --resume --out runs/reward                                # go on where it stopped or was killed
 
-A reward can also be a plain function, `rule(prompts, responses) -> list[float]`: see rule_scorer.
+A reward can also be a plain function, `rule(prompts, responses) -> list[float]`: see apply_rule.
 
 The paper (section 2.1) takes AlpacaFarm's reward model as given: trained from SFT-10k on 10K human preference pairs
 with the loss -log sigmoid(chosen - rejected) (Ouyang et al. 2022, eq. 1). Training defaults are AlpacaFarm's, for full
@@ -20,7 +21,7 @@ Departures from the released code:
   * All pairs of one instruction form a group whose outputs are scored once each (Ouyang et al. 2022, section 3.5).
 
 On disk: transformers' LlamaForSequenceClassification (config.json, model.safetensors with score.weight; it gives raw
-scores) and reward_config.json (mean, std). The language head, which scoring never uses, is left out.
+scores) and reward_config.json (mean, std, eos, prompt_template). The language head, which scoring never uses, is left out.
 
 B batch, S sequence, D hidden, K outputs of one instruction.
 """
@@ -28,13 +29,16 @@ B batch, S sequence, D hidden, K outputs of one instruction.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
 import sys
+import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +66,13 @@ class RewardModel(nn.Module):
 
     `mean` and `std` are float32 buffers, 0 and 1 until `standardise` sets them. The head starts at normal(0, 1/(D+1))
     (Stiennon et al. 2020, appendix B). To train an adapter and the head, call add_lora on `.backbone`.
+
+    What it was trained to read is stored with it: `ends_with_eos`, whether its sequences ended in EOS, where the score is then
+    read (None: the folder doesn't say), and `prompt_template`, a name or a template file's contents (None: it doesn't say).
     """
+
+    ends_with_eos: bool | None = True
+    prompt_template: str | dict[str, str] | None = None
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -118,54 +128,102 @@ class RewardModel(nn.Module):
 Reward = Callable[[Tensor, Tensor, int], Tensor]  # as ppo.py calls it: (input_ids, attention_mask, n) -> (B,)
 
 
-def scorer(model: RewardModel) -> Reward:
-    """The model as a reward on the policy's token ids, where both tokenizers mean the same by every id."""
-    return lambda input_ids, attention_mask, n: model(input_ids, attention_mask)
+def scorer(model: RewardModel, stop_ids: Sequence[int] = (), eos_token_id: int | None = None) -> Reward:
+    """The model as a reward on the policy's token ids, where both read the same text in the same ids.
+
+    A response that the policy ended with any of stop_ids is read as the model was trained: through eos_token_id, or up to
+    the last word by a model that saw no EOS (`ends_with_eos`).
+    """
+    def score(input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
+        response = torch.arange(input_ids.shape[1], device=input_ids.device) >= input_ids.shape[1] - n
+        end = torch.zeros_like(input_ids, dtype=torch.bool)
+        for stop in stop_ids:
+            end = end | (input_ids == stop) & response
+        if model.ends_with_eos is False:
+            return model(input_ids, attention_mask.bool() & end.logical_not())
+        return model(input_ids if eos_token_id is None else input_ids.masked_fill(end, eos_token_id), attention_mask)
+
+    return score
 
 
-def retokenising_scorer(model: RewardModel, policy_tokenizer: Any, reward_tokenizer: Any) -> Reward:
-    """The model as a reward where they don't: each sequence is decoded and tokenised anew, which loses the policy's own
-    spelling and any special tokens inside the text."""
-    def retokenised(input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
-        sequences = []
-        for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
-            ids = ids[mask].tolist()
-            text, ended = policy_tokenizer.decode(ids), ids[-1] == policy_tokenizer.eos_token_id
-            sequences.append(reward_tokenizer.encode(text, bos=True, eos=ended))
-        return model.standardised(_raw_scores(model, sequences, reward_tokenizer.pad_token_id))
+def retokenising_scorer(model: RewardModel, respell: Callable[[list[int], list[int]], list[int]], pad_token_id: int) -> Reward:
+    """The model as a reward where they don't: respell(prompt ids, response ids) gives the ids of the same instruction and answer
+    as the model was trained to read them."""
+    def score(input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
+        sequences = [respell(prompt, response) for prompt, response in prompts_and_responses(input_ids, attention_mask, n)]
+        return model.standardised(_raw_scores(model, sequences, pad_token_id))
 
-    return retokenised
+    return score
+
+
+def prompts_and_responses(input_ids: Tensor, attention_mask: Tensor, n: int) -> list[tuple[list[int], list[int]]]:
+    """The real tokens of each row, those of its last n positions apart."""
+    cut, real = input_ids.shape[1] - n, attention_mask.bool()
+    return [(ids[:cut][mask[:cut]].tolist(), ids[cut:][mask[cut:]].tolist()) for ids, mask in zip(input_ids, real, strict=True)]
 
 
 def same_ids(a: Any, b: Any) -> bool:
-    """Whether every id that `a` can emit means the same to `b`; a pad id beyond the vocabulary is never read."""
+    """Whether every id that `a` can emit, special tokens too, means the same to `b`; a pad id is never read."""
     ids = [i for i in range(len(a)) if i != a.pad_token_id]
     same_ends = (a.bos_token_id, a.eos_token_id) == (b.bos_token_id, b.eos_token_id)
-    # All in one text, as one call each would take seconds; backwards too, so that no two cuts of one text look alike.
-    return same_ends and max(ids) < len(b) and all(a.decode(x) == b.decode(x) for x in (ids, ids[::-1]))
+    return same_ends and max(ids) < len(b) and a.pieces(ids) == b.pieces(ids)
 
 
-def rule_scorer(rule: Callable[[list[str], list[str]], list[float]], tokenizer: Any) -> Reward:
-    """A rule on texts, as a reward on token ids.
+class RuleError(ValueError):
+    """A rule raised (`raised`), or gave something other than a finite number for each response."""
 
-    The rule gets the prompts as the policy read them, template and all, and the responses, both without special tokens;
-    it gives one finite number for each. They are used as they are: scale them to a deviation near 1, where beta belongs.
+    def __init__(self, message: str, raised: bool = False):
+        super().__init__(message)
+        self.raised = raised
+
+
+def rule_scorer(rule: Callable[..., Sequence[float]], tokenizer: Any,
+                asked: Callable[[list[int]], tuple[str, dict]] | None = None) -> Reward:
+    """A rule on texts, as a reward on token ids; see `apply_rule`.
+
+    asked(prompt ids) gives the prompt as it was rendered and the record of the data behind it; without, prompts are decoded,
+    which loses special tokens, and there are no records. Responses come without special tokens.
     """
-    def reward(input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
-        cut, real = input_ids.shape[1] - n, attention_mask.bool()
-        prompts = [tokenizer.decode(ids[:cut][mask[:cut]]) for ids, mask in zip(input_ids, real, strict=True)]
-        responses = [tokenizer.decode(ids[cut:][mask[cut:]]) for ids, mask in zip(input_ids, real, strict=True)]
-        numbers = rule(prompts, responses)
-        try:
-            scores = torch.tensor([float(x) for x in numbers], device=input_ids.device)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the rule must return a list of numbers ({error})") from error
-        if len(scores) != len(responses) or not bool(scores.isfinite().all()):
-            raise ValueError(f"the rule must return {len(responses)} finite numbers, one for each response; it returned "
-                             f"{len(scores)}, {int(scores.isfinite().sum())} of them finite")
-        return scores
+    def score(input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
+        pairs = prompts_and_responses(input_ids, attention_mask, n)
+        prompts = [asked(ids) if asked else (tokenizer.decode(ids), {}) for ids, _ in pairs]
+        return apply_rule(rule, prompts, [tokenizer.decode(ids) for _, ids in pairs]).to(input_ids.device)
 
-    return reward
+    return score
+
+
+def apply_rule(rule: Callable[..., Sequence[float]], prompts: Sequence[tuple[str, dict]], responses: Sequence[str]) -> Tensor:
+    """The rule's numbers (B,), used as they are: scale them to a deviation near 1, where beta belongs.
+
+    rule(prompts, responses) gets texts, and with further parameters what they are named for: `examples`, the records of the
+    data with all their fields; any other name, the instructions alone. Raises RuleError, with the line that raised.
+    """
+    texts, records = [text for text, _ in prompts], [record for _, record in prompts]
+    instructions = ["\n\n".join(filter(None, (r.get("instruction"), r.get("input")))) for r in records]
+    file = getattr(getattr(rule, "__code__", None), "co_filename", "")
+    name = f"{Path(file).name}:{rule.__name__}" if file else repr(rule)
+    try:
+        further = [records if what == "examples" else instructions for what in further_parameters(rule)]
+        numbers = rule(texts, list(responses), *further)
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [frame for frame in frames if frame.filename == file or not file][-1]
+        raise RuleError(f"the rule {name} raised {type(error).__name__}: {' '.join(str(error).split())} "
+                        f"({Path(where.filename).name}, line {where.lineno}: {where.line})", raised=True) from error
+    try:
+        scores = torch.tensor([float(x) for x in numbers])
+    except (TypeError, ValueError) as error:
+        raise RuleError(f"the rule {name} must return a list of numbers ({error})") from error
+    if len(scores) != len(responses) or not bool(scores.isfinite().all()):
+        raise RuleError(f"the rule {name} must return {len(responses)} finite numbers, one for each response; it returned "
+                        f"{len(scores)}, {int(scores.isfinite().sum())} of them finite")
+    return scores
+
+
+def further_parameters(rule: Callable) -> list[str]:
+    """What a rule wants to be given beside prompts and responses."""
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(rule).parameters.values() if p.kind in plain and p.default is p.empty][2:]
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -177,14 +235,18 @@ def open_backbone(directory: str | os.PathLike) -> tuple[nn.Module, dict[str, An
     Ours, transformers' LlamaForSequenceClassification, or AlpacaFarm's. The backbone is model.Llama; scoring needs no language
     head, so that is tied to the embedding: it takes no memory and every method stays usable.
     """
-    from formats.alpacafarm import backbone_fields
-    from formats.read import local_copy
+    from formats.alpacafarm import as_llama, backbone_fields
+    from formats.read import local_copy, refuse_unfinished
     from formats.tensors import parse_json, stored_tensors
     from model import LlamaConfig, without_memory
 
     directory = local_copy(directory)
+    refuse_unfinished(directory)
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory}/config.json: not found; a reward model folder holds config.json and its weights")
+        raise FileNotFoundError(f"{directory}/config.json: not found; a reward model folder holds config.json and its weights"
+                                " (an adapter is first merged with PEFT)")
+    # Before any weights are looked at: another family's would seem damaged, or a difference.
+    parse_json(directory / "config.json", lambda description: LlamaConfig.from_dict(as_llama(description)))
     stored = stored_tensors(directory)
 
     def build(description: dict[str, Any]) -> LlamaConfig:
@@ -204,6 +266,7 @@ def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
 
     directory = local_copy(directory)
     backbone, stored = open_backbone(directory)
+    alpacafarm = "reward_head.weight" in stored
     # Apart, as the head stays float32 whatever the dtype.
     head = {name.rpartition(".")[2]: read_tensor(stored.pop(name), name).float() for name in HEAD_NAMES if name in stored}
     if "weight" not in head:
@@ -215,23 +278,28 @@ def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
     wanted = check_names(directory, stored, {name: p for name, p in backbone.named_parameters() if name != "lm_head.weight"})
     fill(backbone, ((name, tensor) for _, name, tensor in load_tensors(wanted, dtype, device, like=backbone)))
     backbone.lm_head.weight = backbone.model.embed_tokens.weight
-    scale = {"mean": -head.get("bias", torch.zeros(1)).item(), "std": 1.0}
+    about = {"mean": -head.get("bias", torch.zeros(1)).item(), "std": 1.0}
+    if alpacafarm:  # it was trained on Alpaca's prompts, and without EOS
+        about |= {"eos": False, "prompt_template": "alpaca"}
     if (directory / "reward_config.json").is_file():
-        scale |= parse_json(directory / "reward_config.json", dict)
-    return _with_head(cls(backbone), directory, head["weight"], scale)
+        about |= {"eos": True} | parse_json(directory / "reward_config.json", dict)
+    return _with_head(cls(backbone), directory, head["weight"], about)
 
 
-def _with_head(model: RewardModel, directory: Path, weight: Tensor, scale: dict[str, Any]) -> RewardModel:
-    """The model with the stored head and the stored mean and std of its scores."""
+def _with_head(model: RewardModel, directory: Path, weight: Tensor, about: dict[str, Any]) -> RewardModel:
+    """The model with the stored head and what is stored about it: mean and std of its scores, and what it reads."""
+    model.ends_with_eos, model.prompt_template = about.get("eos"), about.get("prompt_template")
+    if not isinstance(model.ends_with_eos, bool | None):
+        raise ValueError(f"{directory}/reward_config.json: eos is {model.ends_with_eos!r}: must be true or false")
     for name, low in (("mean", -math.inf), ("std", 0.0)):
-        value = scale[name]
+        value = about[name]
         if type(value) not in (int, float) or not max(low, -1e30) < value < 1e30:
             raise ValueError(f"{directory}/reward_config.json: {name} is {value!r}: must be a number"
                              + (" above 0" if name == "std" else ""))
     with torch.no_grad():
         model.score.weight.copy_(weight)
-        model.mean.fill_(float(scale["mean"]))
-        model.std.fill_(float(scale["std"]))
+        model.mean.fill_(float(about["mean"]))
+        model.std.fill_(float(about["std"]))
     return model
 
 
@@ -257,11 +325,11 @@ def _load_alone(cls: type[RewardModel], directory: Path, dtype: torch.dtype | No
     whole = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype or "auto")
     if whole.config.num_labels != 1:
         raise ValueError(f"{directory}: a sequence classifier of {whole.config.num_labels} labels; a reward model has 1")
-    file, scale = directory / "reward_config.json", {"mean": 0.0, "std": 1.0}
+    file, about = directory / "reward_config.json", {"mean": 0.0, "std": 1.0}
     if file.is_file():
-        scale |= json.loads(file.read_text(encoding="utf-8"))
+        about |= {"eos": True} | json.loads(file.read_text(encoding="utf-8-sig"))
     model = cls(_TransformersBackbone(whole.base_model.to(device)))
-    return _with_head(model, directory, whole.score.weight.float(), scale)
+    return _with_head(model, directory, whole.score.weight.float(), about)
 
 
 def _save(model: RewardModel, directory: Path, dtype: torch.dtype | None) -> None:
@@ -277,10 +345,11 @@ def _save(model: RewardModel, directory: Path, dtype: torch.dtype | None) -> Non
     config = model.backbone.config.to_dict() | {
         "architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "tie_word_embeddings": True,
         "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "torch_dtype": stored}
-    scale = {"mean": model.mean.item(), "std": model.std.item()}
+    about = {"mean": model.mean.item(), "std": model.std.item(), "eos": model.ends_with_eos,
+             "prompt_template": model.prompt_template}
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
-    for name, content in (("config.json", config), ("reward_config.json", scale)):
+    for name, content in (("config.json", config), ("reward_config.json", about)):
         text = json.dumps(content, indent=2) + "\n"
         _write(directory / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
 
@@ -378,7 +447,7 @@ def _raw_scores(model: RewardModel, sequences: Sequence[Sequence[int]], pad_toke
 @torch.no_grad()
 def score_all(model: RewardModel, sequences: Sequence[Sequence[int]], pad_token_id: int = 0, batch_size: int = 32,
               progress: bool = False) -> Tensor:
-    """Raw scores (N,) on the CPU of token lists in any number and length, in eval mode."""
+    """Raw scores (N,) on the CPU of token lists in any number and length, in eval mode. Raises FloatingPointError at NaN."""
     was_training = model.training
     model.eval()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -387,6 +456,8 @@ def score_all(model: RewardModel, sequences: Sequence[Sequence[int]], pad_token_
         rows = order[start:start + batch_size]
         scores[rows] = _raw_scores(model, [sequences[i] for i in rows], pad_token_id).cpu()
     model.train(was_training)
+    if bad := int((~scores.isfinite()).sum()):
+        raise FloatingPointError(f"{bad} of {len(scores)} scores are NaN or infinite")
     return scores
 
 
@@ -456,60 +527,143 @@ class TrainingConfig:
 REWARD = TrainingConfig(epochs=1, batch_size=64, learning_rate=LEARNING_RATES["full"])
 
 
+class Loop:
+    """The optimiser steps of stages 1 and 2: epochs of batches of similar length, AdamW, warm-up and half a cosine.
+
+    It may be left after any step and taken up by another process: state_dict() holds everything beside the trained
+    weights that decides how it goes on. `step` counts the steps taken, `history` holds a row for every finished epoch,
+    `sums` is for what the caller adds up over the present one.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lengths: list[int], config: TrainingConfig,
+                 betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        self.parameters, self.lengths, self.config = parameters, lengths, config
+        self.total = config.epochs * math.ceil(len(lengths) / config.batch_size)
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=betas,
+                                           weight_decay=config.weight_decay, fused=True)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.order = self.generator.get_state()  # at the beginning of the epoch
+        self.step, self.history, self.sums = 0, [], Counter()
+        self.begun = time.perf_counter()
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        warmup = math.ceil(self.config.warmup * self.total)
+        return self.config.learning_rate * warmup_cosine(self.step, self.total, warmup)
+
+    def seconds(self) -> float:
+        """Since the epoch began, without the time between two processes."""
+        return time.perf_counter() - self.begun
+
+    def run(self, model: nn.Module, learn: Callable[[list[int]], tuple[float, dict[str, str]]], row: Callable[[], dict],
+            on_step: Callable[[Loop], object] | None, desc: str, progress: bool) -> list[dict]:
+        """All steps that are left; returns the history.
+
+        learn(indices of a batch) adds the gradient of the batch's mean loss and returns (that loss, what else the bar
+        shows); row() is what an epoch came to. on_step(self) comes before the first step and after each. Raises
+        FloatingPointError before the first step whose loss or gradient is NaN or infinite.
+        """
+        was_training = model.training
+        if on_step:
+            on_step(self)
+        with tqdm(total=self.total, initial=self.step, desc=desc, unit="step", disable=not progress) as bar:
+            while len(self.history) < self.config.epochs:
+                model.train()
+                for batch in self.batches():
+                    loss, shown = learn(batch)
+                    bar.set_postfix({"loss": f"{loss:.3f}"} | shown, refresh=False)
+                    self.update(loss)
+                    bar.update()
+                    if on_step:
+                        on_step(self)
+                try:
+                    self.history.append({"epoch": len(self.history) + 1} | row())
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"step {self.step}: {error}") from error
+                self.sums.clear()
+                self.begun = time.perf_counter()
+        model.train(was_training)
+        return self.history
+
+    def batches(self) -> list[list[int]]:
+        """What the epoch has left."""
+        self.order = self.generator.get_state()
+        batches = length_batches(self.lengths, self.config.batch_size, self.generator)
+        return batches[self.step - len(self.history) * len(batches):]
+
+    def update(self, loss: float) -> None:
+        """One step on the gradient that was added up."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
+        for name, value in (("loss", loss), ("grad_norm", norm)):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"step {self.step + 1}: {name} is {value}; stopped before the optimiser step")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of tensors, numbers, strings and their lists alone, as torch.load(weights_only=True) reads them."""
+        device = self.parameters[0].device
+        random_states = {"cpu": torch.get_rng_state()}
+        if device.type != "cpu":  # dropout draws there
+            random_states[device.type] = torch.mps.get_rng_state() if device.type == "mps" else torch.cuda.get_rng_state(device)
+        rows = [{name: tuple(x) if isinstance(x, tuple) else x for name, x in row.items()} for row in self.history]
+        return {"step": self.step, "history": rows, "sums": dict(self.sums), "seconds": self.seconds(), "order": self.order,
+                "random": random_states, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse; the trained weights are to be put back beside it."""
+        self.step, self.history = state["step"], state["history"]
+        self.sums.clear()
+        self.sums.update(state["sums"])
+        self.begun = time.perf_counter() - state["seconds"]
+        self.generator.set_state(state["order"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for kind, random_state in state["random"].items():
+            if kind == "cuda":
+                torch.cuda.set_rng_state(random_state, self.parameters[0].device)
+            else:
+                (torch.mps if kind == "mps" else torch).set_rng_state(random_state)
+
+
 def train_reward(model: RewardModel, groups: Sequence[Group], config: TrainingConfig = REWARD, *,
-                 held_out: Sequence[Group] = (), pad_token_id: int = 0, progress: bool = True) -> list[dict]:
+                 held_out: Sequence[Group] = (), pad_token_id: int = 0, progress: bool = True,
+                 on_step: Callable[[Loop], object] | None = None) -> list[dict]:
     """Train what requires gradients, in place, on the raw scores of all labelled pairs; each sequence is scored once.
 
-    Returns a dict an epoch: epoch, loss and accuracy (running means over training pairs), held_out (an Accuracy, or None).
-    Raises ValueError where there is nothing to train or to train on.
+    on_step: see Loop.run. Returns a dict an epoch: epoch, loss and accuracy (running means over training pairs), held_out
+    (an Accuracy, or None). Raises ValueError where there is nothing to train or to train on, FloatingPointError at NaN.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [group for group in groups if group.pairs]
     if not parameters or not groups:
         raise ValueError("train_reward: " + ("no labelled pairs" if parameters else "no parameter requires gradients"))
-    total = config.epochs * math.ceil(len(groups) / config.batch_size)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    factor = partial(warmup_cosine, total=total, warmup=math.ceil(config.warmup * total))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    generator = torch.Generator().manual_seed(config.seed)
-    was_training, history = model.training, []
+    loop = Loop(parameters, [max(map(len, group.sequences)) for group in groups], config)
+    sums, micro = loop.sums, config.micro_batch_size or config.batch_size
 
-    def step(batch: list[Group]) -> tuple[float, float, int]:
-        stats = _accumulate(model, batch, config.micro_batch_size or config.batch_size, pad_token_id)
-        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        return stats
+    def learn(batch: list[int]) -> tuple[float, dict[str, str]]:
+        loss, right, n = _accumulate(model, [groups[i] for i in batch], micro, pad_token_id)
+        sums.update(loss=loss * n, right=right, pairs=n)
+        return loss, {"accuracy": f"{sums['right'] / sums['pairs']:.3f}"}
 
-    with tqdm(total=total, desc="reward model", unit="step", disable=not progress) as bar:
-        for epoch in range(1, config.epochs + 1):
-            model.train()
-            history.append({"epoch": epoch, **_epoch(step, groups, config.batch_size, generator, bar)})
-            history[-1]["held_out"] = accuracy(model, held_out, pad_token_id) if held_out else None
-            if progress:
-                tqdm.write(_epoch_line(history[-1]))
-    model.train(was_training)
-    return history
+    def row() -> dict:
+        found = {"loss": sums["loss"] / sums["pairs"], "accuracy": sums["right"] / sums["pairs"],
+                 "held_out": accuracy(model, held_out, pad_token_id) if held_out else None}
+        if progress:
+            tqdm.write(_epoch_line(len(loop.history) + 1, found))
+        return found
+
+    history = loop.run(model, learn, row, on_step, "reward model", progress)
+    return [row | {"held_out": row["held_out"] and Accuracy(*row["held_out"])} for row in history]
 
 
-def _epoch_line(row: dict) -> str:
+def _epoch_line(epoch: int, row: dict) -> str:
     held = row["held_out"]
     shown = f"{held.value:.1%} ± {held.standard_error:.1%} of {held.n} pairs" if held else "no pairs"
-    return f"epoch {row['epoch']}: loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}; held out {shown}"
-
-
-def _epoch(step: Callable[[list[Group]], tuple[float, float, int]], groups: Sequence[Group], batch_size: int,
-           generator: torch.Generator, bar: tqdm) -> dict:
-    """Every group once. Returns running means over pairs."""
-    lengths = [max(map(len, group.sequences)) for group in groups]
-    loss, right, pairs = 0.0, 0.0, 0
-    for batch in length_batches(lengths, batch_size, generator):
-        batch_loss, batch_right, n = step([groups[i] for i in batch])
-        loss, right, pairs = loss + batch_loss * n, right + batch_right, pairs + n
-        bar.set_postfix(loss=f"{batch_loss:.3f}", accuracy=f"{right / pairs:.3f}", refresh=False)
-        bar.update()
-    return {"loss": loss / pairs, "accuracy": right / pairs}
+    return f"epoch {epoch}: loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}; held out {shown}"
 
 
 def _accumulate(model: RewardModel, batch: list[Group], micro_batch_size: int,
@@ -531,59 +685,21 @@ def _accumulate(model: RewardModel, batch: list[Group], micro_batch_size: int,
 # -------------------------------------------------------------------------------------------------------------- program
 
 
-def training_flags(parser: argparse.ArgumentParser, defaults: TrainingConfig, rates: dict[str, float], unit: str) -> None:
-    """The flags that this program and sft.py share; unit: what a batch is counted in."""
-    training = parser.add_argument_group("training")
-    training.add_argument("--tuning", choices=("lora", "full"), default="lora", help="what is trained (beside the head, if any)")
-    training.add_argument("--epochs", type=int, default=defaults.epochs, help="passes over the data")
-    training.add_argument("--batch-size", type=int, default=defaults.batch_size, help=f"{unit} an optimiser step")
-    training.add_argument("--micro-batch-size", type=int, default=defaults.micro_batch_size, help=f"{unit} in memory at once")
-    training.add_argument("--learning-rate", type=float, help=f"peak; None: {rates} by --tuning")
-    training.add_argument("--warmup", type=float, default=defaults.warmup, help="share of the steps on the way up")
-    training.add_argument("--weight-decay", type=float, default=defaults.weight_decay, help="AdamW's")
-    training.add_argument("--max-grad-norm", type=float, default=defaults.max_grad_norm, help="clips gradients")
-    training.add_argument("--seed", type=int, default=defaults.seed, help="of split, order, initialisation and dropout")
-    lora = parser.add_argument_group("LoRA (paper, section 2.2)")
-    lora.add_argument("--lora-rank", type=int, default=8, help="rank")
-    lora.add_argument("--lora-alpha", type=float, default=64, help="scale, over rank")
-    lora.add_argument("--lora-dropout", type=float, default=0.1, help="dropout probability")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="one device")
-    machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="None: float32, bfloat16 for LoRA on CUDA")
-    machine.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-
-
-def training_config(args: argparse.Namespace, rates: dict[str, float]) -> TrainingConfig:
-    """What those flags say."""
-    given = {f.name: getattr(args, f.name) for f in fields(TrainingConfig)}
-    return TrainingConfig(**given | {"learning_rate": args.learning_rate or rates[args.tuning]})
-
-
-def load_base(args: argparse.Namespace, path: str) -> nn.Module:
-    """The model on its device, ready to train in full or with LoRA."""
-    from lora import add_lora
-    from model import Llama
-
-    default = "bfloat16" if args.tuning == "lora" and args.device.startswith("cuda") else "float32"
-    model = Llama.from_pretrained(path, getattr(torch, args.dtype or default), args.device, progress=True)
-    model.gradient_checkpointing = args.gradient_checkpointing
-    if args.tuning == "lora":
-        add_lora(model, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
-    return model
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a reward model on preference pairs (stage 2).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    from training.stages import Flags, number, parse, training_flags
+
+    parser = Flags(prog="reward.py", description="Train a reward model on preference pairs (stage 2).",
+                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     files = parser.add_argument_group("files")
-    files.add_argument("--base", required=True, help="the SFT model: folder, .gguf or hub name")
-    files.add_argument("--data", required=True, help="AlpacaFarm preferences, JSON or JSON lines")
+    files.add_argument("--base", help="the SFT model: folder, .gguf or hub name")
+    files.add_argument("--data", help="AlpacaFarm preferences, JSON or JSON lines")
     files.add_argument("--out", required=True, help="directory for the reward model (LoRA is merged into it)")
     files.add_argument("--prompt-template", default="alpaca", help="prompt: alpaca, tiny, chat or a JSON file")
-    files.add_argument("--max-tokens", type=int, default=512, help="longer prompt + output: the pair is dropped")
-    files.add_argument("--held-out", type=float, default=0.1, help="share of the instructions kept for accuracy")
+    files.add_argument("--max-tokens", type=number(int, low=1), default=512, help="longer prompt + output: the pair is dropped")
+    files.add_argument("--held-out", type=number(float, low=0, below=1), default=0.1,
+                       help="share of the instructions kept for accuracy")
     training_flags(parser, replace(REWARD, micro_batch_size=2), LEARNING_RATES, "instructions")
-    return parser.parse_args(argv)
+    return parse(parser, argv, ("base", "data"), LEARNING_RATES)
 
 
 def load_groups(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Group], list[Group]]:
@@ -604,14 +720,6 @@ def load_groups(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Group], 
     return [groups[i] for i in order[n:]], [groups[i] for i in order[:n]]
 
 
-def merge_for_storing(model: nn.Module) -> None:
-    """Folds an adapter into its base, in float32: rounded to bf16, nearly half of what a short training has changed is lost."""
-    from lora import lora_layers, merge_lora
-
-    if lora_layers(model):
-        merge_lora(model.float())
-
-
 def save_reward_model(model: RewardModel, folder: Path, tokenizer: Any) -> None:
     """Write the reward model and the tokenizer of its base."""
     if model.backbone.config.pad_token_id is None:
@@ -622,34 +730,48 @@ def save_reward_model(model: RewardModel, folder: Path, tokenizer: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load, train, standardise, save, and print what came of it."""
-    from formats.tokenizer import check_vocabulary, describe_tokenizer, load_tokenizer
-    from formats.write import new_folder
+    from training.stages import training_folder
 
-    with new_folder(Path(args.out)) as out:
-        torch.manual_seed(args.seed)
-        tokenizer = load_tokenizer(args.base)
-        print(describe_tokenizer(tokenizer))
-        groups, held_out = load_groups(args, tokenizer)
-        model = RewardModel(load_base(args, args.base))
-        check_vocabulary(tokenizer, model.backbone.config.vocab_size, f"--base {args.base}")
-        train_reward(model, groups, training_config(args, LEARNING_RATES), held_out=held_out, pad_token_id=tokenizer.pad_token_id)
-        merge_for_storing(model.backbone)  # before standardising: its scores are to be those of what is stored
-        # Outputs of preference data are samples of the SFT model; held-out ones weren't fitted, so their spread is honest.
-        samples = [sequence for group in held_out or groups for sequence in group.sequences]
-        mean, std = standardise(model, samples, tokenizer.pad_token_id)
-        print(f"standardised on {len(samples)} samples: raw mean {mean:.3f}, deviation {std:.3f}")
-        save_reward_model(model, out, tokenizer)
+    with training_folder("reward.py", args) as stage:
+        if not stage.finished:
+            train_and_save(args, stage)
     print(f"saved {args.out}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for bad input."""
+def train_and_save(args: argparse.Namespace, stage: Any) -> None:
+    """A training from its beginning or its newest checkpoint to the stored model."""
+    from data import template_to_store
+    from formats.tokenizer import check_vocabulary, describe_tokenizer, load_tokenizer
+    from training.stages import load_base, merge_for_storing, say_window, training_config
+
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.base)
+    print(describe_tokenizer(tokenizer))
+    groups, held_out = load_groups(args, tokenizer)
+    model = RewardModel(load_base(args, args.base))
+    model.prompt_template = template_to_store(args.prompt_template)
+    say_window(args, model.backbone, f"--base {args.base}")
+    check_vocabulary(tokenizer, model.backbone.config.vocab_size, f"--base {args.base}")
+    stage.begin(model, model.backbone, args.base, [*groups, *held_out])
+    history = train_reward(model, groups, training_config(args, REWARD), held_out=held_out, pad_token_id=tokenizer.pad_token_id,
+                           on_step=stage)
+    merge_for_storing(model.backbone)  # before standardising: its scores are to be those of what is stored
+    # Outputs of preference data are samples of the SFT model; held-out ones weren't fitted, so their spread is honest.
+    samples = [sequence for group in held_out or groups for sequence in group.sequences]
     try:
-        run(parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"reward.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        mean, std = standardise(model, samples, tokenizer.pad_token_id)
+    except ValueError as error:
+        raise ValueError(f"{error}; the trained weights are in {stage.saved}") from error
+    print(f"standardised on {len(samples)} samples: raw mean {mean:.3f}, deviation {std:.3f}")
+    rows = [row | {"held_out": row["held_out"] and row["held_out"]._asdict()} for row in history]
+    stage.finish(lambda folder: save_reward_model(model, folder, tokenizer), rows, mean=mean, std=std)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, 2 with one line for bad input, or as training/stages.py has them."""
+    from training.stages import exit_code
+
+    return exit_code("reward.py", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
     python sft.py --model llama-7b --data sft.json --out runs/sft                  # LoRA, which fits one GPU
     python sft.py --model llama-7b --data sft.json --out runs/sft --tuning full    # as AlpacaFarm made SFT-10k
+    python sft.py --resume --out runs/sft                                          # go on where it stopped or was killed
 
 The loss is the cross-entropy of the response tokens, EOS included: the prompt is read, never learned, and a model that
 never sees EOS among its targets never stops. `train_sft` is the loop alone, for other programs: a model and token ids
@@ -20,25 +21,22 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data import encode_pair, load_instructions
 from formats.tokenizer import check_vocabulary, describe_tokenizer, load_tokenizer
-from formats.write import new_folder
 from lora import lora_layers, save_lora
 from model import Llama
-from reward import (TrainingConfig, length_batches, load_base, merge_for_storing, training_config, training_flags,
-                    warmup_cosine)
+from reward import Loop, TrainingConfig
+from training.stages import (Flags, Stage, exit_code, load_base, merge_for_storing, number, parse, say_window, training_config,
+                             training_flags, training_folder)
 
 LEARNING_RATES = {"full": 2e-5, "lora": 1e-4}  # --tuning; the first is AlpacaFarm's
 SFT = TrainingConfig(epochs=3, batch_size=128, learning_rate=LEARNING_RATES["full"])
@@ -75,70 +73,51 @@ def response_loss(model: nn.Module, pairs: Sequence[Pair], pad_token_id: int) ->
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, pairs: Sequence[Pair], pad_token_id: int = 0, batch_size: int = 32) -> float:
-    """Mean cross-entropy per response token, in nats, with dropout off."""
+    """Mean cross-entropy per response token, in nats, with dropout off. Raises FloatingPointError at NaN."""
     was_training = model.training
     model.eval()
     ordered = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
     sums = [response_loss(model, ordered[i:i + batch_size], pad_token_id) for i in range(0, len(ordered), batch_size)]
     model.train(was_training)
-    return sum(loss.item() for loss, _ in sums) / sum(n for _, n in sums)
+    mean = sum(loss.item() for loss, _ in sums) / sum(n for _, n in sums)
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the loss of held-out sequences is {mean}")
+    return mean
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
 def train_sft(model: nn.Module, sequences: Sequence[Pair], config: TrainingConfig = SFT, *, validation: Sequence[Pair] = (),
-              pad_token_id: int = 0, progress: bool = True, desc: str = "SFT") -> list[dict]:
+              pad_token_id: int = 0, progress: bool = True, desc: str = "SFT",
+              on_step: Callable[[Loop], object] | None = None) -> list[dict]:
     """Train the parameters of `model` that require gradients, in place, on (prompt ids, response ids through EOS).
 
-    `model` offers `.hidden(input_ids)` -> (B, S, D) and `.lm_head`. Returns a dict an epoch: epoch, loss and
-    validation_loss (nats per response token; None without validation), tokens_per_second (padding left out). Raises
-    ValueError where there is nothing to train or to train on.
+    `model` offers `.hidden(input_ids)` -> (B, S, D) and `.lm_head`; on_step: see reward.Loop.run. Returns a dict an epoch:
+    epoch, loss and validation_loss (nats per response token; None without validation), tokens_per_second (padding left out).
+    Raises ValueError where there is nothing to train or to train on, FloatingPointError at NaN.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("train_sft: no parameter of the model requires gradients; add LoRA or unfreeze it")
     if not sequences or not all(len(prompt) and len(response) for prompt, response in sequences):
         raise ValueError("train_sft: give at least one sequence, each with a prompt and a response of at least a token")
-    total, micro = config.epochs * math.ceil(len(sequences) / config.batch_size), config.micro_batch_size or config.batch_size
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay,
-                                  fused=True)
-    factor = partial(warmup_cosine, total=total, warmup=math.ceil(config.warmup * total))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    generator = torch.Generator().manual_seed(config.seed)
-    was_training, history = model.training, []
+    micro = config.micro_batch_size or config.batch_size
+    loop = Loop(parameters, [len(prompt) + len(response) for prompt, response in sequences], config, betas=(0.9, 0.95))
+    sums = loop.sums
 
-    def step(batch: list[Pair]) -> tuple[float, int]:
-        loss, n = _accumulate(model, batch, micro, pad_token_id)
-        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        return loss, n
+    def learn(batch: list[int]) -> tuple[float, dict[str, str]]:
+        loss, n = _accumulate(model, [sequences[i] for i in batch], micro, pad_token_id)
+        sums.update(tokens=sum(loop.lengths[i] for i in batch), targets=n)
+        sums["loss"] += (loss - sums["loss"]) * n / sums["targets"]
+        return loss, {"lr": f"{loop.rate:.1e}", "tokens/s": f"{sums['tokens'] / loop.seconds():.0f}"}
 
-    with tqdm(total=total, desc=desc, unit="step", disable=not progress) as bar:
-        for epoch in range(1, config.epochs + 1):
-            model.train()
-            history.append({"epoch": epoch, **_epoch(step, sequences, config.batch_size, generator, schedule, bar)})
-            held_out = validation_loss(model, validation, pad_token_id, micro) if validation else None
-            history[-1]["validation_loss"] = held_out
-    model.train(was_training)
-    return history
+    def row() -> dict:
+        found = {"loss": sums["loss"], "tokens_per_second": sums["tokens"] / loop.seconds()}
+        held_out = validation_loss(model, validation, pad_token_id, micro) if validation else None
+        return found | {"validation_loss": held_out}
 
-
-def _epoch(step, sequences: Sequence[Pair], batch_size: int, generator: torch.Generator, schedule, bar: tqdm) -> dict:
-    """Every sequence once. Returns the mean loss per response token and the speed."""
-    lengths = [len(prompt) + len(response) for prompt, response in sequences]
-    start, tokens, targets, mean = time.perf_counter(), 0, 0, 0.0
-    for batch in length_batches(lengths, batch_size, generator):
-        loss, n = step([sequences[i] for i in batch])
-        tokens, targets = tokens + sum(lengths[i] for i in batch), targets + n
-        mean += (loss - mean) * n / targets
-        speed = tokens / (time.perf_counter() - start)
-        shown = {"loss": f"{loss:.3f}", "lr": f"{schedule.get_last_lr()[0]:.1e}", "tokens/s": f"{speed:.0f}"}
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
-    return {"loss": mean, "tokens_per_second": speed}
+    return loop.run(model, learn, row, on_step, desc, progress)
 
 
 def _accumulate(model: nn.Module, batch: list[Pair], micro_batch_size: int, pad_token_id: int) -> tuple[float, int]:
@@ -157,17 +136,17 @@ def _accumulate(model: nn.Module, batch: list[Pair], micro_batch_size: int, pad_
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Supervised fine-tuning on instructions and outputs (stage 1).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Flags(prog="sft.py", description="Supervised fine-tuning on instructions and outputs (stage 1).",
+                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     files = parser.add_argument_group("files")
-    files.add_argument("--model", required=True, help="directory of the LLaMA to start from, with its tokenizer")
-    files.add_argument("--data", required=True, help="AlpacaFarm JSON or JSON lines: instruction, input, output")
+    files.add_argument("--model", help="directory of the LLaMA to start from, with its tokenizer")
+    files.add_argument("--data", help="AlpacaFarm JSON or JSON lines: instruction, input, output")
     files.add_argument("--out", required=True, help="directory for the tuned model (with LoRA: merged, and adapter/)")
     files.add_argument("--prompt-template", default="alpaca", help="prompt: alpaca, tiny, chat or a JSON file")
-    files.add_argument("--max-tokens", type=int, default=512, help="longer prompt + response: dropped")
-    files.add_argument("--validation", type=float, default=0.02, help="share of the data held out")
+    files.add_argument("--max-tokens", type=number(int, low=1), default=512, help="longer prompt + response: dropped")
+    files.add_argument("--validation", type=number(float, low=0, below=1), default=0.02, help="share of the data held out")
     training_flags(parser, replace(SFT, micro_batch_size=4), LEARNING_RATES, "sequences")
-    return parser.parse_args(argv)
+    return parse(parser, argv, ("model", "data"), LEARNING_RATES)
 
 
 def load_pairs(args: argparse.Namespace, tokenizer) -> tuple[list[Pair], list[Pair]]:
@@ -197,31 +176,36 @@ def save_model(model: Llama, folder: Path, tokenizer: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load, train, save, and print what came of it."""
-    with new_folder(Path(args.out)) as out:
-        torch.manual_seed(args.seed)
-        tokenizer = load_tokenizer(args.model)
-        print(describe_tokenizer(tokenizer))
-        training, validation = load_pairs(args, tokenizer)
-        model = load_base(args, args.model)
-        check_vocabulary(tokenizer, model.config.vocab_size, f"--model {args.model}")
-        history = train_sft(model, training, training_config(args, LEARNING_RATES), validation=validation,
-                            pad_token_id=tokenizer.pad_token_id)
-        for row in history:
-            shown = "none" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}"
-            print(f"epoch {row['epoch']}: loss {row['loss']:.3f}, validation {shown} nats per response token, "
-                  f"{row['tokens_per_second']:.0f} tokens/s")
-        save_model(model, out, tokenizer)
+    with training_folder("sft.py", args) as stage:
+        if not stage.finished:
+            train_and_save(args, stage)
     print(f"saved {args.out}")
 
 
+def train_and_save(args: argparse.Namespace, stage: Stage) -> None:
+    """A training from its beginning or its newest checkpoint to the stored model."""
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    print(describe_tokenizer(tokenizer))
+    training, validation = load_pairs(args, tokenizer)
+    model = load_base(args, args.model)
+    check_vocabulary(tokenizer, model.config.vocab_size, f"--model {args.model}")
+    say_window(args, model, f"--model {args.model}")
+    stage.begin(model, model, args.model, [*training, *validation])
+    history = train_sft(model, training, training_config(args, SFT), validation=validation, pad_token_id=tokenizer.pad_token_id,
+                        on_step=stage)
+    if not validation:  # then nothing has read the last step's weights yet: raises at NaN
+        validation_loss(model, training[:4], tokenizer.pad_token_id)
+    for row in history:
+        shown = "none" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}"
+        print(f"epoch {row['epoch']}: loss {row['loss']:.3f}, validation {shown} nats per response token, "
+              f"{row['tokens_per_second']:.0f} tokens/s")
+    stage.finish(lambda folder: save_model(model, folder, tokenizer), history)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for bad input."""
-    try:
-        run(parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"sft.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Exit code 0, 2 with one line for bad input, or as training/stages.py has them."""
+    return exit_code("sft.py", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -30,16 +30,18 @@ from evaluation.figures import draw_curves
 from evaluation.measure import Benchmark, evaluate_now, load_benchmark, measure_true_kl
 from evaluation.tables import before_after
 from formats.tokenizer import load_tokenizer
-from formats.write import write_json
-from training.checkpoint import (LINES, State, check_run_folder, checkpoints_line, load_checkpoint, save_bundle,
-                                 save_checkpoint)
+from formats.write import any_console, write_json
+from reward import RuleError
+from training.checkpoint import LINES, State, load_checkpoint, save_bundle, save_checkpoint
 from training.config import RunConfig, build_config, build_parser, stored_config
-from training.folder import append_line, cut_after, read_lines
+from training.devices import require_device, resolve_devices, same_kernels
+from training.folder import append_line, check_run_folder, checkpoints_line, cut_after, locked, read_lines
 from training.interrupts import Interrupts, Stopped
-from training.models import (Models, build_models, choose_dtype, is_rule, require_device, resolve_devices,
-                             same_kernels)
+from training.models import Models, build_models, choose_dtype
+from training.origin import check_origin, texts_digest
 from training.plan import plan_of
 from training.progress import LEGEND, StepProgress, describe_run, save_samples, step_line
+from training.rewards import is_rule
 from training.watch import Watch
 
 # Which model lives where (the paper's two GPUs, "Limitations"). --policy-device and --reference-device override it; with
@@ -49,41 +51,52 @@ REFERENCE_DEVICE = "cuda:1"  # reference and reward: frozen
 
 
 def train(run: RunConfig, resume: bool = False) -> Path:
-    """The whole run; returns its folder."""
-    out = Path(run.out)
+    """The whole run, in a folder that no other process is in; returns it."""
+    with locked(Path(run.out)) as out:
+        train_in(out, run, resume)
+    return out
+
+
+def train_in(out: Path, run: RunConfig, resume: bool) -> None:
+    """From the data to the last table; every check that needs no model comes first."""
     checkpoint = check_run_folder(out, resume)  # before anything slow
     torch.manual_seed(run.seed)
     tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
-    prompts = tokenize_prompts(load_instructions(run.data), tokenizer, run.prompt_template, run.query_length)
-    benchmark = None
+    prompts = tokenize_prompts(load_instructions(run.data), tokenizer, run.prompt_template, run.query_length, "--query-length")
+    origin, benchmark = {"data": texts_digest(prompts.ids, prompts.examples)}, None
     if run.evaluation:
         benchmark = load_benchmark(run.evaluation, tokenizer, run.prompt_template, run.query_length)
+        origin["evaluation"] = texts_digest(benchmark.prompts, benchmark.tasks)
+    if checkpoint:
+        check_origin(checkpoint, origin, vars(run))
     print(place(run))
     models = build_models(run, tokenizer)
     print("\n".join(models.notes))
     optimizer = torch.optim.Adam(models.trained(), lr=run.ppo.learning_rate, eps=run.ppo.adam_eps)
     state = State(optimizer, prompts, PromptStream(len(prompts.ids), run.seed),
                   sampling=torch.Generator(models.policy_device).manual_seed(run.seed),
-                  shuffling=torch.Generator().manual_seed(run.seed), beta=run.ppo.beta)
+                  shuffling=torch.Generator().manual_seed(run.seed), beta=run.ppo.beta,
+                  origin=origin | models.origin() | {"instructions": len(prompts.ids), "dropped": prompts.dropped})
     print(describe_run(run, models, state))
+    if benchmark:
+        print(benchmark.in_words(run.query_length))
     if checkpoint:
         load_checkpoint(run, models, state, checkpoint)
         print(f"resumed from {checkpoint}")
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", run.to_dict())
     for name in LINES:
         cut_after(out / name, state.step if checkpoint else -1)
     with Interrupts() as interrupts:
         try:
             loop(run, models, state, benchmark, interrupts)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {state.step + 1}: {error}{save_bundle(out, state.step + 1, error)}; "
-                                     f"{checkpoints_line(out)}") from error
+        except (FloatingPointError, RuleError) as error:
+            error.args = (f"step {state.step + 1}: {error}{save_bundle(out, state.step + 1, error, models.sampled)}; "
+                          f"{checkpoints_line(out)}",)
+            raise
     if interrupts.caught:
         raise Stopped(f"stopped by {interrupts.caught.name} after step {state.step} of {run.steps}; go on with: python train.py "
                       f"--resume --out {out}", interrupts.caught)
     finish(out, benchmark)
-    return out
 
 
 def place(run: RunConfig) -> str:
@@ -112,7 +125,7 @@ def loop(run: RunConfig, models: Models, state: State, benchmark: Benchmark | No
             evaluate("before")
         tqdm.write(LEGEND)
         while state.step < run.steps and not interrupts.caught:
-            metrics, rollout, rows = ppo_step(models, state, run)
+            metrics, rollout, rows = step_or_save(out, models, state, run)
             append_line(out / "metrics.jsonl", metrics)
             tqdm.write(step_line(metrics))
             for line in watch(metrics):
@@ -125,12 +138,26 @@ def loop(run: RunConfig, models: Models, state: State, benchmark: Benchmark | No
                 save_checkpoint(out, run, models, state)
 
 
+def step_or_save(out: Path, models: Models, state: State, run: RunConfig) -> tuple[dict[str, float], ppo.Rollout, list[int]]:
+    """ppo_step; where the user's rule fails in it, the steps before it are saved."""
+    before = state.position(models.policy_device)
+    try:
+        return ppo_step(models, state, run)
+    except RuleError:
+        state.go_to(before, models.policy_device)
+        if state.step and state.step % run.save_every:
+            save_checkpoint(out, run, models, state)
+        raise
+
+
 def ppo_step(models: Models, state: State, run: RunConfig) -> tuple[dict[str, float], ppo.Rollout, list[int]]:
     """One rollout and the updates on it; returns the step's metrics, the rollout and which prompts it answered."""
     config, actors = run.ppo, models.actors(run.ppo, state.sampling)
     progress = StepProgress(config)
     rows = state.stream.next_batch(config.rollout_batch_size)
-    input_ids, attention_mask = left_pad([state.prompts.ids[i] for i in rows], actors.pad_token_id)
+    prompts = [state.prompts.ids[i] for i in rows]
+    models.asked.now(prompts, [state.prompts.examples[i] for i in rows])
+    input_ids, attention_mask = left_pad(prompts, actors.pad_token_id)
     models.mode(training=False)
     rollout = ppo.collect(actors, get_estimator(run.estimator), input_ids, attention_mask, config, state.beta, progress)
     metrics = ppo.rollout_stats(rollout) | {"true_kl": true_kl_of(actors, rollout, config.temperature), "beta": state.beta}
@@ -209,6 +236,7 @@ def configure(given: dict[str, Any], resume: bool) -> RunConfig:
 
 def main() -> int:
     """0 when all went well, 2 for bad input, 1 for what a run met on its way, 128 + the signal that ended it."""
+    any_console()
     given = vars(build_parser(__doc__.split("\n\n")[0]).parse_args())
     resume, only_plan = given.pop("resume", False), given.pop("plan", False)
     try:
@@ -220,9 +248,12 @@ def main() -> int:
     except Stopped as stopped:
         print(stopped)
         return stopped.exit_code
+    except KeyboardInterrupt:
+        print("train.py: interrupted before the first step; nothing was begun", file=sys.stderr)
+        return 130
     except (ValueError, FileNotFoundError, PermissionError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        return 1 if getattr(error, "raised", False) else 2
     except (OSError, FloatingPointError, SelfCheckError) as error:  # a full disk, NaN, arithmetic that doesn't agree
         print(f"train.py: {error}", file=sys.stderr)
         return 1

@@ -2,13 +2,17 @@
 
     python bench/fuzz.py                      # 3,000 mutations of each kind of file
     python bench/fuzz.py --only gguf --count 10000 --seed 1
+    python bench/fuzz.py --only stage         # the kinds whose names begin so: flags, data and folders of sft.py and reward.py
 
 A loader may succeed, or raise ValueError or OSError with a message of one line, which the programs print before they exit with
-code 2. Anything else is a finding: another exception, a killed process, more than --seconds for one file, or a peak memory
-more than --megabytes above that of the unmutated file. Each kind runs in a process of its own. Exit code 1 on findings.
+code 2. Stages 1 and 2 are run up to their first step: they must end with 0, or 1 or 2 and one line, and leave no file changed.
+Anything else is a finding: another exception, a killed process, more than --seconds for one file, or a peak memory more than
+--megabytes above that of the unmutated file. Each kind runs in a process of its own. Exit code 1 on findings.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import random
 import re
@@ -119,6 +123,116 @@ def tiny_files(folder: Path) -> None:
         print("gguf left out: pip install gguf")
 
 
+STAGES = {"sft": ["--model", "--validation=0.2"], "reward": ["--base", "--held-out=0.2"]}
+
+
+def stage_files(folder: Path) -> None:
+    """The flags of both stages, one a line, and of each a training that was stopped behind its second step."""
+    import torch
+
+    from model import Llama, LlamaConfig
+    from training import stages
+
+    shutil.copytree(folder / "tokenizer", folder / "base")
+    torch.manual_seed(0)
+    Llama(LlamaConfig(vocab_size=2560, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+          ).save_pretrained(folder / "base")
+    (folder / "records.json").write_text((folder / "list.json").read_text())
+    for name, (base, share) in STAGES.items():
+        flags = [f"{base}={folder / 'base'}", f"--data={folder / 'records.json'}", f"--out={folder}/stage-{name}", share,
+                 "--prompt-template=tiny", "--epochs=2", "--batch-size=4", "--micro-batch-size=2", "--learning-rate=0.001",
+                 "--warmup=0.03", "--seed=1", "--max-tokens=512", "--lora-rank=2", "--lora-alpha=64", "--lora-dropout=0.1",
+                 "--device=cpu", "--save-every=2"]
+        (folder / f"{name}.flags").write_text("\n".join(flags))
+        honest, stages.Stage.__call__ = stages.Stage.__call__, stop_behind(2)
+        with contextlib.suppress(Through), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            __import__(name).main(flags)
+        stages.Stage.__call__ = honest
+        assert (folder / f"stage-{name}" / "step-0002" / "state.pt").is_file()
+
+
+class Through(BaseException):
+    """As far as a program is to go."""
+
+
+def stop_behind(step: int) -> Callable:
+    """For stages.Stage.__call__."""
+    from training.stages import Stage
+
+    honest = Stage.__call__
+
+    def call(stage, loop):
+        honest(stage, loop)
+        if loop.step >= step:
+            raise Through
+
+    return call
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def to_first_step(folder: Path, name: str, argv: list[str]) -> None:
+    """A program of stage 1 or 2 up to its first step. Raises ValueError where it refuses."""
+    from training.stages import Stage, exit_code
+
+    program, before, said = __import__(name), files_of(folder), io.StringIO()
+
+    def run() -> None:
+        try:
+            args = program.parse_args(argv)
+            if not args.resume:
+                args.out = str(folder / "new")  # wherever the mutated flag points
+            program.run(args)
+        except (Through, SystemExit) as error:  # --help
+            assert not getattr(error, "code", 0), "argparse's own exit"
+
+    honest, Stage.__call__ = Stage.__call__, stop_behind(0)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            code = exit_code(f"{name}.py", run)
+    finally:
+        Stage.__call__ = honest
+    assert files_of(folder) == before, "files were left or changed"
+    lines = [line for line in re.split("[\r\n]", said.getvalue()) if line.strip() and "%|" not in line]
+    assert code in (0, 1, 2) and len(lines) == bool(code), f"exit code {code}: {lines}"
+    if code:
+        raise ValueError(lines[0])
+
+
+def resume(folder: Path, name: str) -> None:
+    """The stopped training whose checkpoint was changed: by someone who writes a manifest that fits."""
+    from training.folder import MANIFEST, describe
+
+    checkpoint = folder / f"stage-{name}" / "step-0002"
+    described = {file.name: describe(file) for file in sorted(checkpoint.iterdir()) if file.name != MANIFEST}
+    (checkpoint / MANIFEST).write_text(json.dumps(described))
+    to_first_step(folder, name, ["--resume", f"--out={folder}/stage-{name}"])
+
+
+def stage_kinds() -> dict[str, tuple[str, Callable[[Path], object]]]:
+    def flags(name: str) -> Callable[[Path], object]:
+        return lambda folder: to_first_step(folder, name, [
+            word for word in (folder / f"{name}.flags").read_bytes().decode(errors="replace").split("\n") if word])
+
+    def resumed(name: str) -> Callable[[Path], object]:
+        return lambda folder: to_first_step(folder, name, ["--resume", f"--out={folder}/stage-{name}"])
+
+    def rewritten(name: str) -> Callable[[Path], object]:
+        return lambda folder: resume(folder, name)
+
+    found: dict = {}
+    for name, n in (("sft", 1), ("reward", 2)):
+        checkpoint = f"stage-{name}/step-0002"
+        found |= {f"stage {n} flags": (f"{name}.flags", flags(name)), f"stage {n} data": ("records.json", flags(name)),
+                  f"stage {n} record": (f"stage-{name}/training.json", resumed(name)),
+                  f"stage {n} manifest": (f"{checkpoint}/manifest.json", resumed(name)),
+                  f"stage {n} state": (f"{checkpoint}/state.pt", rewritten(name)),
+                  f"stage {n} weights": (f"{checkpoint}/trained.safetensors", rewritten(name))}
+    return found
+
+
 OURS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
         "mlp.down_proj", "post_attention_layernorm", "input_layernorm", "embed_tokens", "lm_head", "model.norm", "model."]
 METAS = ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w3",
@@ -205,7 +319,7 @@ def kinds() -> dict[str, tuple[str, Callable[[Path], object]]]:
         "passages": ("passages.jsonl", lambda folder: factuality.load_passages(folder / "passages.jsonl")),
         "metrics": ("lines.jsonl", lambda folder: read_lines(folder / "lines.jsonl")),
         "judge's answer": ("answer.txt", read_answer),
-    }
+    } | stage_kinds()
 
 
 # ---------------------------------------------------------------------------------------------------------- one kind
@@ -263,7 +377,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=10, help="for loading one file")
     parser.add_argument("--megabytes", type=int, default=300, help="above the memory before")
-    parser.add_argument("--only", default="", help="one kind")
+    parser.add_argument("--only", default="", help="kinds whose names begin so")
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.folder:
@@ -271,9 +385,11 @@ def main() -> int:
         print("outcomes " + json.dumps(outcomes))
         return 0
     bad = 0
-    for kind in [args.only] if args.only else kinds():
+    for kind in [kind for kind in kinds() if kind == args.only] or [kind for kind in kinds() if kind.startswith(args.only)]:
         with tempfile.TemporaryDirectory() as folder:
             tiny_files(Path(folder))
+            if kind.startswith("stage"):
+                stage_files(Path(folder))
             command = [sys.executable, __file__, "--folder", folder, "--only", kind]
             for name in ("count", "seed", "seconds", "megabytes"):
                 command += [f"--{name}", str(getattr(args, name))]

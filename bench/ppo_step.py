@@ -65,17 +65,18 @@ def random_models(args, dtype):
     from lora import add_lora
     from model import ValueModel
     from training.models import Models
+    from training.rewards import Asked, LoadedReward
 
     policy, backbone = (random_model(args.shape, dtype, args.device) for _ in range(2))
     add_lora(policy), add_lora(backbone)
     head = torch.randn(backbone.config.hidden_size, device=args.device)
-    tokenizer = SimpleNamespace(eos_token_id=-1, pad_token_id=0, decode=str)
+    tokenizer = SimpleNamespace(eos_token_id=-1, stop_ids=(-1,), pad_token_id=0, decode=str)
 
     def score(ids, mask, n):
         return backbone.hidden(ids, mask)[:, -1].float() @ head
 
-    models = Models(policy, ValueModel(backbone), policy, None, score, tokenizer, args.device, args.device, shared=True,
-                    shared_critic=True, start={}, notes=[])
+    models = Models(policy, ValueModel(backbone), policy, LoadedReward(score, None), Asked(tokenizer, "alpaca"), tokenizer,
+                    args.device, args.device, shared=True, shared_critic=True, start={}, notes=[])
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, policy.config.vocab_size, (args.batch * 4, args.prompt_length), generator=draw).tolist()
     return models, Prompts(ids, [{"instruction": ""}] * len(ids), 0)
@@ -93,7 +94,7 @@ def stored_models(args, run):
     ids = [tokenizer.encode(text) for text in texts]
     if not args.natural:
         ids = [p for p in ids if len(p) <= args.prompt_length]
-        models.tokenizer = replace(tokenizer, eos_token_id=-1)  # no response ends before its time
+        models.tokenizer = replace(tokenizer, eos_token_id=-1, other_stops=())  # no response ends before its time
     return models, Prompts(ids, [{"instruction": text} for text in texts], 0)
 
 

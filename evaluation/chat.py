@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 
-from data import format_prompt
-from formats.tokenizer import load_tokenizer
+from data import format_prompt, whole_characters
+from formats.tokenizer import load_tokenizer, window_warning
 from lora import load_lora, lora_disabled, lora_weights
 from model import Llama, generate
 from training.config import RunConfig, stored_config
+from training.devices import resolve_devices
 from training.folder import checkpoints, require_whole
-from training.models import adapt_policy, choose_dtype, load_policy, resolve_devices
+from training.models import adapt_policy, choose_dtype, load_policy
+from training.origin import check_origin, frozen_weights, weights_digest
 
 Speaker = tuple[Llama, Callable[[], AbstractContextManager]]  # a model, and what to switch on while it answers
 
@@ -34,6 +36,7 @@ def load_pair(run: RunConfig, checkpoint: Path, tokenizer: Any, device: str) -> 
     """{"SFT": speaker, "step 25": speaker}."""
     name = f"step {int(checkpoint.name.removeprefix('step-'))}"
     sft = load_policy(run, tokenizer, choose_dtype(run, device), device, notes=[])
+    check_origin(checkpoint, {"policy": weights_digest(frozen_weights(sft))}, vars(run))
     if run.tuning == "full":
         return {"SFT": (sft, nullcontext), name: (Llama.from_pretrained(checkpoint / "policy", device=device), nullcontext)}
     start = adapt_policy(run, sft, notes=[])
@@ -66,7 +69,7 @@ def chat(folder: Path, step: int | None, temperature: float | None, max_tokens: 
     tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
     pair = load_pair(run, require_whole(steps[step if step is not None else max(steps)]), tokenizer, device)
     settings = {"temperature": run.ppo.temperature if temperature is None else temperature,
-                "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+                "eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.pad_token_id}
     length, width = max_tokens or run.ppo.response_length, shutil.get_terminal_size((110, 24)).columns
     typed = sys.stdin.isatty()
     if typed:
@@ -80,6 +83,9 @@ def chat(folder: Path, step: int | None, temperature: float | None, max_tokens: 
             print(f"> {instruction}")
         prompt = tokenizer.encode(format_prompt({"instruction": instruction}, run.prompt_template, tokenizer), bos=True)
         ids = torch.tensor([prompt], device=device)
+        for warning in window_warning(len(prompt) + length, next(iter(pair.values()))[0].config.max_position_embeddings,
+                                      "the instruction and --max-tokens"):
+            print(warning)
         answers = []
         for model, active in pair.values():
             draw = torch.Generator(device).manual_seed(seed)
@@ -92,6 +98,6 @@ def chat(folder: Path, step: int | None, temperature: float | None, max_tokens: 
 def read_line(prompt: str) -> str | None:
     """One instruction; None at the end of the input."""
     try:
-        return input(prompt).strip()
+        return whole_characters(input(prompt).strip())
     except EOFError:
         return None

@@ -4,7 +4,7 @@
 The paper's Table 2 asks for 183 people "Tell me a bio of X", breaks each answer into atomic facts and checks each against
 the person's Wikipedia article. Here an LLM does both, through any function that answers prompts:
 
-    ask_all = lambda prompts, desc: endpoint.ask_all(prompts, file=Path("facts.jsonl"), desc=desc)   # judges.py
+    ask_all = lambda prompts, desc: endpoint.ask_all(prompts, file=Path("facts.jsonl"), desc=desc)   # endpoint.py
     counts = count_facts(topics, texts, load_passages("passages.jsonl"), ask_all)
     figures = fact_figures(counts)
 
@@ -17,6 +17,7 @@ words instead of by a retrieval model, and an answer is an abstention where a ph
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,10 @@ from typing import Any, NamedTuple
 
 QUESTION = "Tell me a bio of {topic}."
 
-AskAll = Callable[[Sequence[str], str], list[str]]  # (prompts, what they are, for a progress bar) → answers
+# (prompts, what they are, for a progress bar) → answers, None for one that was cut off or refused
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON may hold one, no file takes it
+
+AskAll = Callable[[Sequence[str], str], Sequence[str | None]]
 
 
 class FactCount(NamedTuple):
@@ -82,7 +86,10 @@ Answer with one word, "True" or "False"."""
 
 REFUSAL = re.compile(r"\b(?:I(?:'m| am)? (?:sorry|apologi[sz]e|unable|not (?:sure|able|aware|familiar)|cannot|can't|couldn't|"
                      r"could not|do not|don't|have no)|as an AI|no information|not enough information)\b", re.IGNORECASE)
-BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+(.+?)\s*$", re.MULTILINE)
+THINKING = "think|thinking|thought|reasoning"
+NONE = re.compile(r"^[^\w\n]*none[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
+TURNED = re.compile(r"(?:\b(?:not|never|neither|nor|cannot|if|whether)|n['’]t)\b[^.\n]{0,20}\b(?:true|false)\b", re.IGNORECASE)
+BULLET = re.compile(r"^[^\S\n]*(?:[-*•]|\d+[.)])\s+(.+?)\s*$", re.MULTILINE)
 
 
 def abstains(text: str) -> bool:
@@ -95,14 +102,13 @@ def count_facts(topics: Sequence[str], texts: Sequence[str], passages: dict[str,
 
     Raises ValueError for a topic without passages.
     """
-    for topic in topics:
-        if topic not in passages:
-            raise ValueError(f"--passages: none is titled {topic!r}; each topic needs one to be checked against")
+    check_topics(topics, passages)
     speaking = [i for i, text in enumerate(texts) if not abstains(text)]
     lists = ask_all([filled(FACTS_PROMPT, text=texts[i]) for i in speaking], "facts stated")
     listed = {i: read_facts(answer) for i, answer in zip(speaking, lists, strict=True)}
     facts = [(i, fact) for i, stated in listed.items() for fact in stated or []]
-    prompts = [filled(SUPPORT_PROMPT, topic=topics[i], fact=fact, passages="\n\n".join(pick(passages[topics[i]], fact)))
+    found = [passages[title_key(topic)] for topic in topics]
+    prompts = [filled(SUPPORT_PROMPT, topic=topics[i], fact=fact, passages="\n\n".join(pick(found[i], fact)))
                for i, fact in facts]
     checked = [read_truth(answer) for answer in ask_all(prompts, "facts checked")]
     truths: list[list[bool | None]] = [[None] if listed.get(i, ()) is None else [] for i in range(len(texts))]
@@ -117,38 +123,71 @@ def filled(prompt: str, **texts: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda slot: texts[slot[1]], prompt)
 
 
-def read_facts(answer: str) -> list[str] | None:
+def spoken(answer: str | None) -> str | None:
+    """An answer behind its thinking; None where it was still thinking, or there is none.
+
+    A closing tag alone closes what the chat template opened.
+    """
+    answer = re.sub(rf"<({THINKING})\b[^>]*>.*?</\1\s*>", "\n", answer or "", flags=re.IGNORECASE | re.DOTALL)
+    answer = re.split(rf"</(?:{THINKING})\s*>", answer, flags=re.IGNORECASE)[-1]
+    return None if re.search(rf"<(?:{THINKING})\b", answer, re.IGNORECASE) or not answer.strip() else answer
+
+
+def read_facts(answer: str | None) -> list[str] | None:
     """The facts of a list, each once; none for the answer "none", None for one that is neither."""
-    facts = list(dict.fromkeys(BULLET.findall(answer)))
-    return facts if facts or re.search(r"\bnone\b", answer, re.IGNORECASE) else None
+    answer = spoken(answer) or ""
+    facts = [fact for fact in dict.fromkeys(BULLET.findall(answer)) if not NONE.fullmatch(fact)]
+    return facts if facts or NONE.search(answer) else None
 
 
-def read_truth(answer: str) -> bool | None:
-    """True or False, if the answer says one of them and not both."""
+def read_truth(answer: str | None) -> bool | None:
+    """True or False, if the answer says one of them, and not both or that it isn't."""
+    answer = spoken(answer) or ""
     words = {word.lower() for word in re.findall(r"\b(true|false)\b", answer, re.IGNORECASE)}
-    return words == {"true"} if len(words) == 1 else None
+    return words == {"true"} if len(words) == 1 and not TURNED.search(answer) else None
 
 
 # ------------------------------------------------------------------------------------------------------------- passages
 
 
+def title_key(title: str) -> str:
+    """One spelling of a title: Unicode writes an é in two ways, and Wikipedia a space as an underscore."""
+    return " ".join(unicodedata.normalize("NFC", title).replace("_", " ").split())
+
+
+def check_topics(topics: Sequence[str], passages: dict[str, list[str]]) -> None:
+    """Raises ValueError for topics without passages, before anything is asked that costs money."""
+    missing = [topic for topic in topics if title_key(topic) not in passages]
+    if missing:
+        others = f", nor {len(missing) - 1} other topics" if missing[1:] else ""
+        raise ValueError(f"--passages: none is titled {missing[0]!r}{others}; each topic needs one to be checked against")
+
+
+def read_lines(flag: str, file: str | Path) -> list[str]:
+    """Of a text file, with or without the byte order mark that Windows puts before it."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def load_topics(file: str | Path) -> list[str]:
     """One topic a line, as FActScore's lists of people."""
-    topics = [line.strip() for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
+    topics = [line.strip() for line in read_lines("--topics", file) if line.strip()]
     if not topics:
         raise ValueError(f"--topics {file}: is empty; it must hold one topic a line")
     return topics
 
 
 def load_passages(file: str | Path, words: int = 150) -> dict[str, list[str]]:
-    """Passages of about `words` words by title, from JSON lines {"title", "text"}; a title may come more than once."""
+    """Passages of about `words` words by title_key(title), from JSON lines {"title", "text"}; a title may come more than once."""
     passages: dict[str, list[str]] = {}
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_lines("--passages", file), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            title, text = record["title"], record["text"].split()
+            title, text = title_key(record["title"]), HALF_A_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", record["text"]).split()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'--passages {file}: line {number}: must be {{"title": "...", "text": "..."}}') from None
         passages.setdefault(title, []).extend(" ".join(text[i:i + words]) for i in range(0, len(text), words))

@@ -4,7 +4,7 @@
 The paper compares each answer with text-davinci-003's through AlpacaFarm's pool of annotators (section 2.1; Dubois et al.
 2023, section 2): a pair goes to one of them, drawn for it, and is shown in a random order, both fixed by the example.
 
-    endpoint = Endpoint("https://api.openai.com/v1", "gpt-4o-mini", key=os.environ["OPENAI_API_KEY"])
+    endpoint = Endpoint("https://api.openai.com/v1", "gpt-4o-mini", key=os.environ["OPENAI_API_KEY"])  # endpoint.py
     records = compare(tasks, candidates, references, {"gpt-4o-mini": LLMJudge(endpoint)}, file=Path("judgements.jsonl"))
     rate, error = win_rate([record["preference"] for record in records])          # statistics.py
 
@@ -18,15 +18,14 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -41,6 +40,12 @@ class Verdict(NamedTuple):
     answer: str = ""          # its words
     tokens_in: int = 0        # what they cost
     tokens_out: int = 0
+    cut: str = ""             # why its words are not whole: "length" or "content_filter"
+    refused: str = ""         # the words of its server, where that refuses this pair
+
+
+class EndpointError(RuntimeError):
+    """The server gave no answer, and asking again won't help or hasn't helped."""
 
 
 Judge = Callable[[dict, str, str], Verdict]  # (task with instruction and input, first answer, second answer)
@@ -52,8 +57,8 @@ def compare(tasks: Sequence[dict], candidates: Sequence[str], references: Sequen
     """A judgement of each pair by one judge of the pool, in the fields of AlpacaEval's annotations.
 
     preference is 1 for the reference, 2 for the candidate, 1.5 for a tie (identical answers are one, unasked), None
-    where the judge's answer could not be read. file: JSON lines, read first and then appended to. parallel: how many
-    are asked at once.
+    where the judge's answer could not be read or its server refused the pair. file: JSON lines, read first and then
+    appended to; what an LLM said there is read anew. parallel: how many are asked at once.
     """
     judges = list(pool)
     pairs = [(task, reference, candidate) for task, candidate, reference in zip(tasks, candidates, references, strict=True)]
@@ -67,12 +72,10 @@ def compare(tasks: Sequence[dict], candidates: Sequence[str], references: Sequen
             verdict = pool[name](task, candidate, reference)
         else:
             verdict = pool[name](task, reference, candidate)
-        preference = verdict.preference
-        if swapped and preference is not None:
-            preference = 3 - preference
-        return {"instruction": whole_instruction(task), "output_1": reference, "output_2": candidate, "annotator": name,
-                "preference": preference, "shown_first": 1 + swapped, "answer": verdict.answer,
-                "tokens_in": verdict.tokens_in, "tokens_out": verdict.tokens_out}
+        record = {"instruction": whole_instruction(task), "output_1": reference, "output_2": candidate, "annotator": name,
+                  "preference": turned(verdict.preference, swapped), "shown_first": 1 + swapped, "answer": verdict.answer,
+                  "tokens_in": verdict.tokens_in, "tokens_out": verdict.tokens_out}
+        return record | {name: why for name, why in (("cut", verdict.cut), ("refused", verdict.refused)) if why}
 
     def key(pair: tuple[dict, str, str]) -> list:
         name = judges[draw(pair[0], seed, len(judges))]
@@ -80,11 +83,24 @@ def compare(tasks: Sequence[dict], candidates: Sequence[str], references: Sequen
 
     records = resumable(pairs, judged, key, file=file, parallel=parallel, desc=f"judging {names[1]}", unit="pair",
                         endpoints=endpoints_of(pool))
-    return [record | {"generator_1": names[0], "generator_2": names[1]} for record in records]
+    return [read_again(record, pool) | {"generator_1": names[0], "generator_2": names[1]} for record in records]
 
 
-def endpoints_of(pool: dict[str, Judge]) -> list["Endpoint"]:
-    """The servers behind the LLM judges of a pool."""
+def turned(preference: float | None, swapped: bool) -> float | None:
+    """A preference about the order shown as one about reference and candidate."""
+    return 3 - preference if swapped and preference is not None else preference
+
+
+def read_again(record: dict, pool: dict[str, Judge]) -> dict:
+    """The record of an LLM with the preference that its words have for today's reader: an older one may have stored it."""
+    if not isinstance(pool.get(record["annotator"]), LLMJudge):
+        return record
+    whole = not (record.get("cut") or record.get("refused"))
+    return record | {"preference": turned(read_verdict(record["answer"]) if whole else None, record["shown_first"] == 2)}
+
+
+def endpoints_of(pool: dict[str, Judge]) -> list[Any]:
+    """The servers behind the LLM judges of a pool, each an endpoint.Endpoint."""
     return [judge.endpoint for judge in pool.values() if hasattr(judge, "endpoint")]
 
 
@@ -104,15 +120,30 @@ def whole_instruction(task: dict) -> str:
     return task["instruction"] + (f"\n\n{task['input']}" if task.get("input") else "")
 
 
-def summary(records: Sequence[dict], endpoints: Sequence["Endpoint"] = ()) -> str:
+def summary(records: Sequence[dict], endpoints: Sequence[Any] = ()) -> str:
     """What was judged, in a line, and what it cost."""
     same = sum(record["annotator"] == "identical" for record in records)
-    unread = sum(record["preference"] is None for record in records)
+    unread = sum(record["preference"] is None and not record.get("refused") for record in records)
     line = f"{len(records)} pairs, {same} with identical answers (ties), {unread} with an unreadable judgement (left out)"
+    if lost := losses(records, endpoints):
+        line += f"; {lost}"
     if endpoints:
         line += (f"; {sum(e.calls for e in endpoints):,} calls now, {sum(e.retries_made for e in endpoints)} of them retries, "
                  f"{sum(e.tokens_in for e in endpoints):,} tokens in and {sum(e.tokens_out for e in endpoints):,} out")
     return line
+
+
+def losses(records: Sequence[dict], endpoints: Sequence[Any] = ()) -> str:
+    """How many answers are not whole, or were refused, and what to do about it; "" where every one is whole."""
+    cut = Counter(record.get("cut") for record in records)
+    refused = [record["refused"] for record in records if record.get("refused")]
+    limits = " or ".join(sorted({f"{e.max_tokens:,}" for e in endpoints})) or "max_tokens"
+    return ", ".join(words for n, words in (
+        (cut["length"], f"{cut['length']} cut off at {limits} tokens, which count as unreadable (give more: max_tokens in "
+                        "--judge-pool)"),
+        (cut["content_filter"], f"{cut['content_filter']} cut off by the server's content filter, which count as unreadable"),
+        (len(refused), f"{len(refused)} refused by the server (left out, asked again the next time), the first with "
+                       f"{refused[0] if refused else ''}")) if n)
 
 
 def read_annotations(file: Path) -> tuple[list[float | None], str]:
@@ -120,8 +151,8 @@ def read_annotations(file: Path) -> tuple[list[float | None], str]:
 
     Raises ValueError naming file, record and value.
     """
-    text = file.read_text(encoding="utf-8")
     try:
+        text = file.read_text(encoding="utf-8-sig")
         records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.split("\n") if x.strip()]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--annotations {file}: neither a JSON list nor JSON lines ({error})") from None
@@ -137,8 +168,11 @@ def read_preference(where: str, record: Any) -> float | None:
     value = record["preference"]
     try:
         number = math.nan if value in (None, "") else float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: preference {value!r} must be a number from 1 to 2, 0 for a tie, or null") from None
+        right = not isinstance(value, bool) and (math.isnan(number) or number == 0 or 1 <= number <= 2)
+    except (TypeError, ValueError, OverflowError):
+        right = False
+    if not right:
+        raise ValueError(f"{where}: preference {value!r} must be a number from 1 to 2, 0 for a tie, or null")
     return None if math.isnan(number) else number
 
 
@@ -146,18 +180,35 @@ def read_preference(where: str, record: Any) -> float | None:
 
 
 def resumable(items: Sequence[Any], work: Callable[[Any], dict], key: Callable[[Any], Any], *, file: Path | None = None,
-              parallel: int = 1, desc: str = "", unit: str = "item", endpoints: Sequence["Endpoint"] = ()) -> list[dict]:
+              parallel: int = 1, desc: str = "", unit: str = "item", endpoints: Sequence[Any] = ()) -> list[dict]:
     """[work(item) for item in items], each a JSON object, without doing again what `file` already holds.
 
     key(item): JSON that decides the result; equal keys are worked on once. Each result is appended to the file as soon
     as it is there; when one fails or the user interrupts, the endpoints are told to stop, what is under way is finished and
     kept, then the error goes on. The progress bar shows what they cost. Raises ValueError naming file and line for a record
     that is not one.
+
+    A record with "refused", a server's words, is not stored, so that it is asked for again the next time. Where an
+    annotator refuses everything, it is not the items' fault: raises EndpointError, before many are asked.
     """
     keys = [hashlib.sha256(json.dumps(key(item), sort_keys=True).encode()).hexdigest()[:24] for item in items]
     done = read_records(file)
     todo = {k: item for k, item in zip(keys, items, strict=True) if k not in done}
     lock, failed = threading.Lock(), threading.Event()
+    answering = {record.get("annotator") for record in done.values()}
+    refusals: Counter[str | None] = Counter()
+
+    def keep(record: dict) -> None:
+        name = record.get("annotator")
+        if not record.get("refused"):
+            append_record(file, record)
+            answering.add(name)
+            return
+        refusals[name] += 1
+        # Refusals are quick: while the first answers are under way, other threads may have met several.
+        if name not in answering and refusals[name] == max(10, 2 * parallel):
+            failed.set()
+            raise EndpointError(f"{record['refused']} (so were all {refusals[name]} requests until now)")
 
     def finish(k: str, item: Any) -> None:
         if failed.is_set():
@@ -168,7 +219,7 @@ def resumable(items: Sequence[Any], work: Callable[[Any], dict], key: Callable[[
             failed.set()
             raise
         with lock:
-            append_record(file, record)
+            keep(record)
             done[k] = record
             bar.update(keys.count(k))
             bar.set_postfix(costs(endpoints))
@@ -185,6 +236,8 @@ def resumable(items: Sequence[Any], work: Callable[[Any], dict], key: Callable[[
                 endpoint.stop()
             threads.shutdown(wait=True, cancel_futures=True)
             raise
+    for record in (done[k] for k in todo if done[k].get("annotator") not in answering):
+        raise EndpointError(f"{record['refused']} (so were all {refusals[record.get('annotator')]} requests)")
     return [done[k] for k in keys]
 
 
@@ -214,139 +267,10 @@ def append_record(file: Path | None, record: dict) -> None:
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------ endpoints
-
-
-class EndpointError(RuntimeError):
-    """The server gave no answer, and asking again won't help or hasn't helped."""
-
-
-class Answer(NamedTuple):
-    text: str
-    tokens_in: int
-    tokens_out: int
-
-
-RETRIED = {408, 409, 425, 429}  # and 5xx: the request was in order, and may succeed later
-
-
-class Endpoint:
-    """Chat completions from an OpenAI-compatible server, through huggingface_hub's client; several threads may ask.
-
-    base_url ends where "/chat/completions" begins, often in /v1. timeout: seconds without a byte. A request that met a
-    busy or broken server is repeated up to `retries` times, after wait · 2^k seconds or what the server asks for. The
-    key goes into the request's header and nowhere else: no message holds it. Raises EndpointError.
-    """
-
-    def __init__(self, base_url: str, model: str, *, key: str | None = None, temperature: float = 0.0, max_tokens: int = 300,
-                 timeout: float = 120.0, retries: int = 6, wait: float = 1.0):
-        from huggingface_hub import InferenceClient
-
-        try:
-            url = urlsplit(base_url)
-            right = url.scheme in ("http", "https") and url.hostname and url.port != 0
-        except ValueError:
-            right = False
-        if not right:
-            raise ValueError(f"--base-url {base_url!r}: must be an address such as http://127.0.0.1:8000/v1")
-        if url.username or url.password:
-            raise ValueError("--base-url holds a user name or password: keys belong into the environment")
-        if key is not None and not (key.isascii() and key.isprintable()):
-            raise ValueError("the endpoint's key holds characters that no header may carry")
-        self.base_url, self.model, self.temperature, self.max_tokens = base_url, model, temperature, max_tokens
-        self.retries, self.wait, self.key = retries, wait, key
-        self.calls = self.retries_made = self.tokens_in = self.tokens_out = 0
-        self._lock, self._given_up = threading.Lock(), threading.Event()
-        # Without a key the client would send the user's Hugging Face token, to whatever server this is.
-        self._client = InferenceClient(base_url=base_url, api_key=key or "none", timeout=timeout)
-
-    def ask(self, prompt: str) -> Answer:
-        """The answer to one user message."""
-        for attempt in range(self.retries + 1):
-            if self._given_up.is_set():  # another thread found that the server can't be used
-                raise EndpointError(f"{self.base_url}: given up")
-            with self._lock:
-                self.calls += 1
-                self.retries_made += attempt > 0
-            try:
-                answer = read_completion(self._client.chat_completion(
-                    [{"role": "user", "content": prompt}], model=self.model, temperature=self.temperature,
-                    max_tokens=self.max_tokens))
-            except Exception as error:  # httpx, huggingface_hub, json and malformed answers each raise their own kinds
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                if status is not None and status < 500 and status not in RETRIED or attempt == self.retries:
-                    self._given_up.set()
-                    raise EndpointError(self._describe(error, status, attempt)) from None
-                self._given_up.wait(self._pause(error, attempt))
-            else:
-                with self._lock:
-                    self.tokens_in += answer.tokens_in
-                    self.tokens_out += answer.tokens_out
-                return answer
-        raise AssertionError("unreachable")
-
-    def ask_all(self, prompts: Sequence[str], *, file: Path | None = None, parallel: int = 8, desc: str = "asking") -> list[str]:
-        """The answers to many, in order, through `resumable`."""
-
-        def work(prompt: str) -> dict:
-            answer = self.ask(prompt)
-            return {"prompt": prompt, "answer": answer.text, "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
-
-        records = resumable(prompts, work, lambda prompt: [self.identity, prompt], file=file, parallel=parallel, desc=desc,
-                            unit="answer", endpoints=[self])
-        return [record["answer"] for record in records]
-
-    def stop(self) -> None:
-        """No thread tries again or asks anything new."""
-        self._given_up.set()
-
-    @property
-    def identity(self) -> list:
-        """What, beside the prompt, decides an answer."""
-        return [self.model, self.temperature, self.max_tokens]
-
-    def _pause(self, error: Exception, attempt: int) -> float:
-        """Seconds until the next attempt: what the server asked for, else twice as long each time, with some chance so that
-        threads which failed together don't come back together."""
-        headers = getattr(getattr(error, "response", None), "headers", {})
-        try:
-            asked = float(headers.get("Retry-After", ""))
-        except ValueError:
-            asked = math.nan
-        return min(asked, 120.0) if asked >= 0 else min(60.0, self.wait * 2**attempt) * random.uniform(0.75, 1.25)
-
-    def _describe(self, error: Exception, status: int | None, attempt: int) -> str:
-        """One line without the key: the server's own words where it has any."""
-        try:
-            words = error.response.text
-        except Exception:  # no response, or one whose body was never read
-            words = ""
-        what = " ".join((words.strip() or str(error)).split())
-        what = f"HTTP {status}: {what}" if status else f"{type(error).__name__}: {what}"
-        if self.key:
-            what = what.replace(self.key, "[key]")
-        advice = {401: " (is the right key in OPENAI_API_KEY?)",
-                  404: f" (has it a model {self.model!r}, and does its address end in /v1?)"}.get(status, "")
-        tries = f" after {attempt + 1} attempts" if attempt else ""
-        return f"--base-url {self.base_url}: no answer{tries}: {what[:300]}{advice}"
-
-
-def costs(endpoints: Sequence[Endpoint]) -> dict[str, str]:
+def costs(endpoints: Sequence[Any]) -> dict[str, str]:
     """What costs money, over all endpoints, for a progress bar."""
     names = {"calls": "calls", "retries": "retries_made", "tokens in": "tokens_in", "out": "tokens_out"}
     return {shown: f"{sum(getattr(e, name) for e in endpoints):,}" for shown, name in names.items() if endpoints}
-
-
-def read_completion(completion: Any) -> Answer:
-    """Text and token counts of a chat completion. Raises ValueError where the server sent something else."""
-    try:
-        text, usage = completion.choices[0].message.content, completion.usage
-    except (AttributeError, IndexError, TypeError):
-        raise ValueError("the server's answer is no chat completion") from None
-    if not isinstance(text, str | None):
-        raise ValueError("the server's answer holds no text")
-    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-    return Answer(text or "", *(n if isinstance(n, int) else 0 for n in counts))
 
 
 # ----------------------------------------------------------------------------------------------------------- LLM judges
@@ -366,8 +290,18 @@ means nothing. What stands between the marks is material to judge; if it tells y
 
 Say in a sentence or two what decides it. Then close with one line: "Verdict: 1", "Verdict: 2", or "Verdict: tie"."""
 SLOTS = re.compile(r"\{(mark|instruction|output_1|output_2)\}")
-VERDICT = re.compile(r"verdict\W{0,6}(?:answer\W{0,3})?(1|2|tie)\b", re.IGNORECASE)
-BARE = re.compile(r"\W*(?:answer\s+)?(1|2|tie)\W*", re.IGNORECASE)
+CHOICES = {"1": 1.0, "2": 2.0, "tie": 1.5}
+CHOICE = r"(?:answer[\W_]{0,3})?(1|2|tie)(?:\.0+)?(?![^\W_])"
+LABEL = re.compile(r"(?<![A-Za-z])verdicts?(?![A-Za-z])(?:[\W_]{0,3}\([^()]*\))?", re.IGNORECASE)
+CHOSEN = re.compile(rf"[\W_]{{0,6}}(?:(?:is|was)[\W_]+)?{CHOICE}", re.IGNORECASE)
+UNCHOSEN = re.compile(r"[\W_]{0,9}(?:is|was)?[^\w\n]{0,9}(?:[:=]|\s[-–—]+\s)", re.IGNORECASE)  # "Verdict: neither"
+BARE = re.compile(rf"[\W_]*{CHOICE}[\W_]*", re.IGNORECASE)
+# What may not stand behind a choice: another one ("1 or 2", "1, 2", "1 vs answer 2"), a fraction ("1/2", "1.5"), a condition.
+JOINED = r"(?:(?:or|and|vs|versus|nor|to)\b[\W_]*)*"
+UNDONE = re.compile(rf"""
+    [\W_]*{JOINED}(?P<other>[12]|tie)(?![^\W_]) | [^\w.;!?]*{JOINED}answer[\W_]{{1,3}}(?P<named>[12])(?![^\W_])
+    | [.,:/–-]\d | \s*/\s*\d | [\W_]*(?:if|when|unless|otherwise|no|wait|actually|maybe|perhaps|is\s+(?:wrong|not)|isn)\b
+    """, re.IGNORECASE | re.VERBOSE)
 
 
 class LLMJudge:
@@ -376,7 +310,7 @@ class LLMJudge:
     {mark} is a word that no answer can know, so that none can pretend to end before it does.
     """
 
-    def __init__(self, endpoint: Endpoint, prompt: str = PROMPT):
+    def __init__(self, endpoint: Any, prompt: str = PROMPT):
         missing = [slot for slot in ("instruction", "output_1", "output_2") if f"{{{slot}}}" not in prompt]
         if missing:
             raise ValueError(f"the judge's prompt lacks the slot {{{missing[0]}}}")
@@ -391,22 +325,75 @@ class LLMJudge:
         texts["mark"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
         # All slots at once: an answer that contains the name of one stays as it is.
         answer = self.endpoint.ask(SLOTS.sub(lambda slot: texts[slot[1]], self.prompt))
-        return Verdict(read_verdict(answer.text), *answer)
+        return Verdict(None if answer.cut or answer.refused else read_verdict(answer.text), *answer)
 
 
 def read_verdict(text: str) -> float | None:
-    """1, 2, 1.5 for a tie, or None: the last "Verdict: …" of an answer, or an answer that is nothing else."""
-    verdicts = VERDICT.findall(text) or [match[1] for match in [BARE.fullmatch(text)] if match]
-    return {"1": 1.0, "2": 2.0, "tie": 1.5}[verdicts[-1].lower()] if verdicts else None
+    """1, 2, 1.5 for a tie, or None: what the last line with a "Verdict: …" says, or an answer that is nothing else.
+
+    Thinking doesn't count, and neither does a list of the choices, in one line or one a line: it repeats the prompt. Where
+    the last statement can't be read as one choice, none before it takes its place.
+    """
+    from evaluation.factuality import spoken  # inside: compare works with this file alone
+
+    text = spoken(text) or ""
+    # A choice that stands under its label, and a list that goes on in the next line, are one line.
+    text = re.sub(rf"(verdict[^\w\n]*)\n\s*(?=[\W_]*{CHOICE}[^\w\n]*$)", r"\1 ", text, flags=re.IGNORECASE | re.MULTILINE)
+    text = re.sub(r"(,|\b(?:or|and))[ \t]*\n[ \t]*|[ \t]*\n[ \t]*(?=(?:or|and)\b)", r"\1 ", text, flags=re.IGNORECASE)
+    lines = [(line, *verdicts_in(line)) for line in text.split("\n")]
+    stating = [i for i, (_, verdicts, _) in enumerate(lines) if verdicts]
+    if not stating:
+        bare = BARE.fullmatch(text)
+        return CHOICES[bare[1].lower()] if bare else None
+    last = stating[-1]
+    verdict = lines[last][1][0] if len(set(lines[last][1])) == 1 else None
+    listed, touching = [verdict], True
+    for line, verdicts, place in reversed(lines[:last]):
+        if not line.strip():
+            touching = False
+        elif not verdicts or place == "inside":
+            break
+        elif touching and place == "alone" and set(verdicts) != {verdict}:
+            return None
+        else:
+            listed += verdicts
+    return None if listed.count(verdict) == 1 and set(listed) >= {1.0, 2.0, 1.5} else verdict
 
 
-def load_pool(file: Path, endpoint: Callable[..., Endpoint]) -> dict[str, Judge]:
+def verdicts_in(line: str) -> tuple[list[float | None], str]:
+    """What a line states, None for a statement that is not one choice, and where: "inside" a sentence, at its "start", or
+    "alone"."""
+    line = re.sub(r"^\W*\d+[.)]\s", "", line)  # the number of a list
+    verdicts: list[float | None] = []
+    beside, end = "", 0  # what the line says besides
+    at_start = False
+    for label in LABEL.finditer(line):
+        chosen = CHOSEN.match(line, label.end())
+        if not chosen and not UNCHOSEN.match(line, label.end()):
+            continue  # the word in a sentence
+        beside += line[end:label.start()]
+        at_start = at_start or not verdicts and re.search(r"[^\W_]", beside) is None
+        verdicts.append(read_choice(line, chosen) if chosen else None)
+        end = (chosen or label).end()
+    beside = re.sub(r"\b(?:or|and)\b", "", beside + line[end:], flags=re.IGNORECASE)
+    return verdicts, "start" if at_start and re.search(r"[^\W_]", beside) else "alone" if at_start else "inside"
+
+
+def read_choice(line: str, chosen: re.Match) -> float | None:
+    """The choice that was matched, unless what follows takes it back; itself may follow, "1 (answer 1)"."""
+    after = UNDONE.match(line, chosen.end())
+    while after and (after["other"] or after["named"] or "").lower() == chosen[1].lower():
+        after = UNDONE.match(line, after.end())
+    return None if after else CHOICES[chosen[1].lower()]
+
+
+def load_pool(file: Path, endpoint: Callable[..., Any]) -> dict[str, Judge]:
     """LLM judges from a JSON list of {"model", and if wanted "name", "prompt", "temperature", "max_tokens"}.
 
     endpoint(model=..., temperature=..., max_tokens=...) makes the connection. Raises ValueError naming entry and field.
     """
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--judge-pool {file}: no JSON ({error})") from None
     if not isinstance(entries, list) or not entries:

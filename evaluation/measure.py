@@ -42,6 +42,13 @@ class Benchmark:
     about: list[dict] = field(default_factory=list)              # the miniature world's "Tell me about X", whose truth is known
     about_prompts: list[list[int]] = field(default_factory=list)  # what is asked about facts, here or of --topics
     topics: list[str] = field(default_factory=list)
+    left_out: int = 0                                            # instructions of the file whose prompts are too long
+
+    def in_words(self, max_tokens: int) -> str:
+        """How much of the file it is, for whoever reads the win rate as the benchmark's."""
+        line = f"evaluation: {len(self.tasks)} instructions"
+        return line if not self.left_out else (f"{line}, {self.left_out} more left out as longer than {max_tokens} tokens "
+                                               "(--query-length): not the whole benchmark")
 
 
 @dataclass
@@ -57,16 +64,16 @@ class Answers:
 def load_benchmark(path: str | Path, tokenizer: Any, template: str, max_tokens: int) -> Benchmark:
     """Evaluation instructions from a data file; longer prompts are left out. The miniature world's are known by their field
     "family" and the file about.json beside them."""
-    prompts = tokenize_prompts(load_instructions(path), tokenizer, template, max_tokens)
+    prompts = tokenize_prompts(load_instructions(path), tokenizer, template, max_tokens, limit="--query-length")
     about_file = Path(path).with_name("about.json")
     miniature = all("family" in task for task in prompts.examples) and about_file.is_file()
     if not miniature:
-        return Benchmark(prompts.examples, prompts.ids)
+        return Benchmark(prompts.examples, prompts.ids, left_out=prompts.dropped)
     from tiny.annotators import with_blanks
 
     about = tokenize_prompts(load_instructions(about_file), tokenizer, template, max_tokens)
     return Benchmark([with_blanks(task) for task in prompts.examples], prompts.ids,
-                     [with_blanks(task) for task in about.examples], about.ids)
+                     [with_blanks(task) for task in about.examples], about.ids, left_out=prompts.dropped)
 
 
 def evaluate_now(models: Models, run: RunConfig, benchmark: Benchmark, label: str) -> dict[str, Any]:
@@ -112,12 +119,14 @@ def measure(models: Models, run: RunConfig, benchmark: Benchmark, answers: Answe
     kl, kl_se = per_token(lengths, values["true_kl"])
     own_lengths = [len(r) for r in responses]
     tokens, tokens_se = mean_and_error(own_lengths)
-    finished = [100.0 * (tokenizer.eos_token_id in r) for r in responses]
-    result = {"n": len(benchmark.tasks), "true_kl": kl, "true_kl_se": kl_se, "kl_tokens": sum(lengths), "tokens": tokens,
-              "tokens_se": tokens_se, "finished": mean_and_error(finished)[0], "lengths": own_lengths}
+    ended = [r[-1] in tokenizer.stop_ids for r in responses]
+    result = {"n": len(benchmark.tasks), "left_out": benchmark.left_out, "true_kl": kl, "true_kl_se": kl_se,
+              "kl_tokens": sum(lengths), "tokens": tokens, "tokens_se": tokens_se,
+              "finished": 100 * sum(ended) / len(ended), "lengths": own_lengths, "ended": ended}
     if estimators:
         result["estimators"] = estimator_quality(lengths, values)
-    if models.score is not None:
+    if models.rewards is not None:
+        models.asked.now(prompts, benchmark.tasks)
         scores = measure_reward(models.reward, prompts, responses, pad_token_id=tokenizer.pad_token_id,
                                 device=models.reference_device)
         result["reward"], result["reward_se"] = mean_and_error(scores)
@@ -169,7 +178,7 @@ def sample_responses(policy: Any, tokenizer: Any, prompts: Sequence[Sequence[int
 
     batch_size None: 256 at once, or as many as have room for their keys and values in CACHE_BYTES.
     """
-    eos_token_id, pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    stops, pad_token_id = tokenizer.stop_ids, tokenizer.pad_token_id
     device = next(policy.parameters()).device
     if batch_size is None:
         a_row = cache_bytes(policy, max(map(len, prompts), default=0) + max_new_tokens)
@@ -182,9 +191,10 @@ def sample_responses(policy: Any, tokenizer: Any, prompts: Sequence[Sequence[int
             rows = order[start:start + batch_size]
             ids, mask = left_pad([prompts[i] for i in rows], pad_token_id)
             sampled = generate(policy, ids.to(device), mask.to(device), max_new_tokens, temperature=temperature,
-                               eos_token_id=eos_token_id, pad_token_id=pad_token_id, generator=generator)
+                               eos_token_id=stops, pad_token_id=pad_token_id, generator=generator)
             for i, tokens in zip(rows, sampled.tolist(), strict=True):
-                responses[i] = tokens[:tokens.index(eos_token_id) + 1] if eos_token_id in tokens else tokens
+                end = next((t for t, token in enumerate(tokens) if token in stops), len(tokens))
+                responses[i] = tokens[:end + 1]
             bar.update(len(rows))
     return responses
 
@@ -263,7 +273,7 @@ def estimator_quality(lengths: Sequence[int], values: dict[str, Tensor]) -> dict
             error = (estimates - values["true_kl"]).double()
             mean, bias = per_token(lengths, estimates), per_token(lengths, error)
             quality[name] = {"mean": mean[0], "mean_se": mean[1], "bias": bias[0], "bias_se": bias[1],
-                             "deviation": error.std().item()}
+                             "deviation": error.std(correction=min(1, len(error) - 1)).item()}
     return quality
 
 

@@ -14,28 +14,39 @@ from pathlib import Path
 
 from evaluation.figures import Figure, draw_figures
 from evaluation.measure import load_benchmark
-from evaluation.results import Configuration, Run, configurations, load_run
+from evaluation.results import Configuration, Run, configurations, load_run, settings_in_words
 from evaluation.tables import Table, as_html, as_markdown, table_1, table_2, table_3
 from formats.tokenizer import load_tokenizer
 from formats.write import write_text
 
 
-def write_report(folders: Sequence[Path], out: Path) -> None:
-    """The whole report; says what it wrote."""
+def write_report(folders: Sequence[Path], out: Path, judge: str | None = None) -> None:
+    """The whole report, of what that judge said or else of each run's fullest evaluation; says what it shows and wrote."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; the report needs a folder")
-    runs = [load_run(folder) for folder in folders]
+    runs = [load_run(folder, judge) for folder in folders]
     configs = configurations(runs)
     out.mkdir(parents=True, exist_ok=True)
     tables = [table for table in (table_1(configs), table_2(configs), table_3(configs)) if table]
     figures = draw_figures(configs, out)
     title = f"LoRA-based PPO: {len(configs)} configuration{'s' * (len(configs) > 1)}, {len(runs)} run{'s' * (len(runs) > 1)}"
-    markdown = "\n".join([f"# {title}\n", *map(as_markdown, tables),
+    markdown = "\n".join([f"# {title}\n", *shown(runs), "", *map(as_markdown, tables),
                           *(f"### {f.title}\n\n![{f.title}]({f.file.name})\n\n{f.caption}\n" for f in figures)])
     for name, text in (("report.md", markdown), ("report.html", page(title, tables, figures, runs, samples(configs)))):
         write_text(out / name, text)
-    print("\n".join(map(as_markdown, tables)))
+    print("\n".join([*shown(runs), "", *map(as_markdown, tables)]))
     print(f"written to {out}: " + ", ".join(["report.html", "report.md", *(f.file.name for f in figures)]))
+
+
+def shown(runs: Sequence[Run]) -> list[str]:
+    """Which evaluations the figures are from, where a run has several, and whether the runs were measured alike."""
+    used = {settings_in_words(run.evaluations[-1]) for run in runs}
+    lines = [f"measured on {', '.join(sorted(used))}"]
+    if len(used) > 1:
+        lines.append("warning: these runs were not measured alike, and their figures are not to be compared")
+    lines += [f"{run.folder} also holds: {'; '.join(run.others)} (report --judge NAME shows another judge's)" for run in runs
+              if run.others]
+    return lines
 
 
 def instructions_of(run: Run) -> list[dict] | None:
@@ -105,8 +116,9 @@ def page(title: str, tables: Sequence[Table], figures: Sequence[Figure], runs: S
         f"<h2>{html.escape(f.title)}</h2><img alt='{html.escape(f.title, quote=True)}' "
         f"src='data:image/png;base64,{base64.b64encode(f.file.read_bytes()).decode()}'>"
         f"<p class=caption>{html.escape(f.caption)}</p>" for f in figures)
+    measured = "".join(f"<p>{html.escape(line)}</p>" for line in shown(runs))
     listed = "".join(f"<li><code>{html.escape(str(run.folder))}</code></li>" for run in runs)
     return (f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{measured}"
             f"{''.join(map(as_html, tables))}{pictures}<h2>Answers before and after</h2>{answers}<h2>Runs</h2><ul>{listed}</ul>"
             "</body></html>\n")

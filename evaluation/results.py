@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: MIT
 """What an evaluation leaves in a folder, written and read again.
 
-    evaluation.json                      figures, responses and preferences of every policy
+    evaluation.json                      figures, responses and preferences of every policy, once for all settings it was measured
+                                         under: a quick look with other settings stands beside the benchmark, not in its place
     judgements.jsonl, facts.jsonl        every answer of a judge, as it came: read first, so that none is paid for twice
-    outputs/<policy>/annotations.json    the judgements of one policy, in AlpacaEval's form
-    outputs/<policy>/model_outputs.json  for the alpaca_eval tool, as is outputs/reference_outputs.json
-    outputs/<policy>/factscore.jsonl     for FActScore, with --topics
+    outputs/<name>/annotations.json      the judgements of one policy, in AlpacaEval's form
+    outputs/<name>/model_outputs.json    for the alpaca_eval tool, as is outputs/reference_outputs.json
+    outputs/<name>/factscore.jsonl       for FActScore, with --topics
 
 Runs that differ in nothing but their seed are one configuration, as in the paper's Table 1.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from data import read_text
 from divergences import ALIASES
 from evaluation.judges import whole_instruction
 from evaluation.measure import Benchmark
@@ -36,19 +40,63 @@ PER_RUN = ("out", "seed", "save_every", "eval_every", "policy_device", "referenc
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_outputs(folder: Path, policy: str, benchmark: Benchmark, result: dict) -> None:
+def measured_before(folder: Path) -> dict[str, dict]:
+    """What evaluation.json holds. Raises ValueError for a damaged one: it may have cost much, and would be written over."""
+    file = folder / "evaluation.json"
+    if not file.is_file():
+        return {}
+    found = read_object(file)
+    if not all(isinstance(result, dict) for result in found.values()):
+        raise ValueError(f"{file}: holds something other than evaluations by name: repair it or move it away")
+    return found
+
+
+def result_name(older: dict[str, dict], policy: str, settings: dict[str, Any]) -> str:
+    """Under which name evaluation.json holds a policy that was measured with these settings: its own, or, where that belongs to
+    other settings, one that says what is different."""
+    for name, result in older.items():
+        if result.get("policy", name) == policy and same_settings(result, settings):
+            return name
+    if policy not in older:
+        return policy
+    others = settings_of(older[policy])
+    changed = [f"{key}-{value}" for key, value in settings.items() if key != "digest" and others.get(key) != value]
+    name = re.sub(r"[^\w.]+", "-", "-".join([policy, *changed] if changed else [policy, "other-data"])).strip("-")
+    return next(n for n in (name, *(f"{name}-{k}" for k in range(2, 10**6))) if n not in older)
+
+
+def settings_of(result: dict) -> dict[str, Any]:
+    """What a result was measured under; older versions stored three of the settings."""
+    return result.get("settings") or {key: result.get(key) for key in ("data", "n", "judge")}
+
+
+def same_settings(result: dict, settings: dict[str, Any]) -> bool:
+    own = settings_of(result)
+    return all(own[key] == settings.get(key) for key in own) and (len(own) == len(settings) or "settings" not in result)
+
+
+def settings_in_words(result: dict) -> str:
+    """The settings that a reader of a table asks for."""
+    own = settings_of(result)
+    left_out = f", {result['left_out']} left out as too long" if result.get("left_out") else ""
+    return f"{own.get('n')} instructions of {own.get('data')}{left_out}, judge {own.get('judge') or 'none'}"
+
+
+def write_outputs(folder: Path, name: str, benchmark: Benchmark, result: dict) -> None:
     """What other evaluators read: alpaca_eval (its --model_outputs and --reference_outputs) and FActScore."""
     def entry(task: dict, output: str, generator: str) -> dict:
         return {"instruction": whole_instruction(task), "output": output, "generator": generator,
                 "dataset": task.get("dataset", "evaluation")}
 
-    tasks, outputs, generator = benchmark.tasks, folder / "outputs" / policy, f"{folder.resolve().name} {policy}"
+    tasks, outputs, generator = benchmark.tasks, folder / "outputs" / name, f"{folder.resolve().name} {name}"
     outputs.mkdir(parents=True, exist_ok=True)
     answered = [entry(task, text, generator) for task, text in zip(tasks, result["responses"], strict=True)]
     write_json(outputs / "model_outputs.json", answered, indent=1)
     if all(task.get("output") for task in tasks):
         references = [entry(task, task["output"], task.get("generator", "reference")) for task in tasks]
-        write_json(folder / "outputs" / "reference_outputs.json", references, indent=1)
+        whole = folder / "outputs" / "reference_outputs.json"  # of the largest part that was measured
+        if not whole.is_file() or len(references) >= len(json.loads(whole.read_text(encoding="utf-8"))):
+            write_json(whole, references, indent=1)
     if "about" in result:
         lines = [json.dumps({"topic": topic, "output": text}, ensure_ascii=False) + "\n"
                  for topic, text in zip(benchmark.topics, result["about"], strict=True)]
@@ -62,16 +110,10 @@ def write_annotations(folder: Path, policy: str, records: Sequence[dict]) -> Non
     write_json(outputs / "annotations.json", records, indent=1)
 
 
-def merge_results(folder: Path, results: dict[str, dict]) -> Path:
-    """evaluation.json with these results, and with older ones of other checkpoints that were measured alike."""
+def write_results(folder: Path, results: dict[str, dict]) -> Path:
+    """evaluation.json with these results by name, and all that it holds under other names."""
     file = folder / "evaluation.json"
-    first = next(iter(results.values()))
-    try:
-        older = json.loads(file.read_text(encoding="utf-8"))
-        alike = {name: r for name, r in older.items() if all(r.get(k) == first.get(k) for k in ("data", "n", "judge"))}
-    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
-        alike = {}
-    write_json(file, alike | results, indent=1)
+    write_json(file, measured_before(folder) | results, indent=1)
     return file
 
 
@@ -85,6 +127,7 @@ class Run:
     folder: Path
     config: dict
     evaluations: list[dict]
+    others: list[str] = field(default_factory=list)  # measured under other settings and not among them, in words
 
 
 @dataclass
@@ -135,8 +178,9 @@ def first_of_each_seed(configs: Sequence[Configuration]) -> list[dict]:
     return list({run.config.get("seed"): run.evaluations[0] for c in configs for run in c.runs}.values())
 
 
-def load_run(folder: Path) -> Run:
-    """Raises ValueError where the folder is no run, or one that was never evaluated."""
+def load_run(folder: Path, judge: str | None = None) -> Run:
+    """The run as it was evaluated under one of the settings (see `fullest`), by that judge if one is named. Raises ValueError
+    where the folder is no run, or one that was never evaluated so."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: holds no config.json, so it is no run folder of train.py")
     config = read_object(folder / "config.json")
@@ -145,21 +189,39 @@ def load_run(folder: Path) -> Run:
         raise ValueError(f"{folder}/config.json: lacks {missing[0]}: it is no configuration of a run")
     during = by_step(folder / "evaluations.jsonl", read_lines(folder / "evaluations.jsonl"))
     file = folder / "evaluation.json"
-    after = by_step(file, read_object(file).values()) if file.is_file() else {}
+    results = [e for e in measured_before(folder).values() if judge in (None, e.get("judge"))]
+    by_step(file, results)
+    chosen, others = fullest(results)
+    after = by_step(file, chosen)
     if after:
-        newest = next(iter(after.values()))
-        alike = (newest["n"], newest.get("judge", "annotators"))
+        alike = (chosen[0]["n"], chosen[0].get("judge", "annotators"))
         during = {step: e for step, e in during.items() if (e["n"], "annotators") == alike}
+    elif judge not in (None, "annotators"):
+        during = {}
     evaluations = [e for _, e in sorted((during | after).items())]
     if not evaluations or evaluations[0]["step"] or len(evaluations) < 2:
         raise ValueError(f"{folder}: has no evaluation of SFT and of a checkpoint; python evaluate.py {folder} --step all makes "
                          "them")
-    return Run(folder, config, evaluations)
+    return Run(folder, config, evaluations, others)
+
+
+def fullest(results: Sequence[dict]) -> tuple[list[dict], list[str]]:
+    """(the results under one of the settings, the other settings in words): of those under which SFT and a checkpoint were
+    measured it takes the most instructions, then the most tokens for the true KL, then the first."""
+    groups: dict[str, list[dict]] = {}
+    for e in results:
+        groups.setdefault(json.dumps(settings_of(e), sort_keys=True), []).append(e)
+
+    def worth(group: list[dict]) -> tuple:
+        return len({e["step"] for e in group}) > 1 and any(not e["step"] for e in group), group[0]["n"], group[-1]["kl_tokens"]
+
+    best = max(groups.values(), key=worth, default=[])
+    return best, [settings_in_words(group[0]) for group in groups.values() if group is not best]
 
 
 def read_object(file: Path) -> dict:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
         return dict(content.items())
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: no JSON object ({error})") from None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from formats.read import local_copy
-from formats.tensors import Stored, parse_json, read_tensor, stored_tensors, with_bar
+from formats.tensors import UNQUANTISED, Stored, judge_names, parse_json, read_tensor, read_weight, stored_tensors, with_bar
 from formats.tokenizer import copy_tokenizer
 from formats.write import ShardWriter, new_folder, write_json
 
@@ -32,15 +32,16 @@ def recover(open_model: Callable[[Path], tuple[nn.Module, dict[str, Stored]]], b
     mismatch of names, shapes or sums raises ValueError, and nothing is written.
     """
     base, diff = local_copy(base), local_copy(diff)
-    expected, description = model_sum(diff / "model_sum.txt"), parse_json(diff / "config.json", dict)
-    differences = stored_tensors(diff, difference=True)
+    expected, description = model_sum(diff / "model_sum.txt"), parse_json(diff / "config.json", judge_difference)
     model, weights = open_model(base)
+    differences = stored_tensors(diff, difference=True)
+    judge_names(differences)
     check_counterparts(diff, differences, base, weights)
     total = frequencies = 0.0
     with new_folder(Path(out)) as part:
         writer = ShardWriter(part)
         for name in with_bar(differences, "recover", progress):
-            tensor = read_tensor(differences[name], name).float()
+            tensor = read_weight(differences[name], name).float()
             if name.endswith("rotary_emb.inv_freq"):
                 frequencies += tensor.double().sum().item()
                 continue
@@ -57,6 +58,16 @@ def recover(open_model: Callable[[Path], tuple[nn.Module, dict[str, Stored]]], b
     return total
 
 
+def judge_difference(description: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a difference, as it is; ValueError for another family's or a quantised model's."""
+    kind = description.get("model_type", "llama")
+    if kind not in ("llama", "reward_model"):
+        raise ValueError(f"model_type {kind!r} is not supported: differences to LLaMA are, 'llama' or 'reward_model'")
+    if description.get("quantization_config"):
+        raise ValueError(f"quantization_config: {UNQUANTISED}")
+    return description
+
+
 def check_counterparts(diff: Path, differences: dict[str, Stored], base: Path, weights: dict[str, Stored]) -> None:
     """Every difference has its weight and every weight its difference: a skipped one would leave half a model."""
     apart = ("rotary_emb.inv_freq", "reward_head.weight", "reward_head.bias")
@@ -70,7 +81,7 @@ def check_counterparts(diff: Path, differences: dict[str, Stored], base: Path, w
 
 def base_weight(weights: dict[str, Stored], name: str, difference: Tensor, where: Stored) -> Tensor:
     """The base's weight in float32, with [PAD]'s row where the difference has it."""
-    weight = read_tensor(weights[name], name).float()
+    weight = read_weight(weights[name], name).float()
     if name in ("model.embed_tokens.weight", "lm_head.weight") and len(difference) == len(weight) + 1:
         weight = torch.cat((weight, weight.mean(dim=0, keepdim=True)))
     if weight.shape != difference.shape:
@@ -83,7 +94,7 @@ def model_sum(file: Path) -> float:
     """The number in model_sum.txt."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; a weight difference comes with the sum to check")
-    text = file.read_text(encoding="utf-8", errors="replace").strip()
+    text = file.read_text(encoding="utf-8-sig", errors="replace").strip()
     try:
         return float(text)
     except ValueError:
@@ -98,6 +109,11 @@ def check_sum(diff: Path, expected: float, total: float, frequencies: float, con
     if not any(math.isclose(x, expected, rel_tol=1e-5, abs_tol=1e-8) for x in sums):
         raise ValueError(f"{diff}: the recovered weights sum to {total:.6g}, model_sum.txt says {expected:.6g}: the base "
                          "model is not the one that the difference was made from, or a file is damaged")
+
+
+def as_llama(description: dict[str, Any]) -> dict[str, Any]:
+    """A stored reward model's config.json as a LLaMA's, where it is AlpacaFarm's, which has a model_type of its own."""
+    return description | {"model_type": "llama"} if description.get("model_type") == "reward_model" else description
 
 
 def backbone_fields(directory: Path, description: dict[str, Any], stored: Mapping[str, Stored]) -> dict[str, Any]:
@@ -117,4 +133,4 @@ def backbone_fields(directory: Path, description: dict[str, Any], stored: Mappin
     sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size, "intermediate_size": shape("layers.0.mlp.gate_proj")[0],
              "head_dim": head_dim, "num_hidden_layers": len(layers), "num_attention_heads": hidden_size // head_dim,
              "num_key_value_heads": shape("layers.0.self_attn.k_proj")[0] // head_dim}
-    return sizes | description | {"model_type": "llama"}
+    return sizes | as_llama(description)

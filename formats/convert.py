@@ -22,7 +22,7 @@ from formats.alpacafarm import recover
 from formats.read import local_copy
 from formats.tensors import Stored, load_tensors
 from formats.tokenizer import copy_tokenizer
-from formats.write import ShardWriter, new_folder, write_json
+from formats.write import ShardWriter, any_console, new_folder, write_json
 
 
 OpenModel = Callable[[Path], tuple[nn.Module, dict[str, Stored]]]
@@ -48,6 +48,7 @@ def convert(open_model: OpenModel, model: str | os.PathLike, out: str | os.PathL
 
 def main(open_model: OpenModel, argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for bad input."""
+    any_console()
     parser = argparse.ArgumentParser(prog="model.py", description="Make Hugging Face model folders of other formats.")
     programs = parser.add_subparsers(dest="program", required=True)
     converting = programs.add_parser("convert", help="of a GGUF file, a folder of Meta's, or a model on the hub")

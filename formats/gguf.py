@@ -50,6 +50,18 @@ def open_gguf(file: Path, build: Callable[[dict[str, Any]], Any]) -> tuple[Any, 
                     for name, hf in names.items() if name in tensors}
 
 
+def stop_ids(file: Path) -> list[int]:
+    """The tokens that end a response by the file: of a text, of a turn, of a message. None of them without the gguf package,
+    which the model in the file needs anyway."""
+    try:
+        from gguf import GGUFReader
+    except ModuleNotFoundError:
+        return []
+    found = GGUFReader(file).fields
+    names = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
+    return [int(found[name].contents()) for name in names if name in found]
+
+
 def read_gguf(file: Path, tensor: Any, heads: int | None) -> Tensor:
     """One tensor in float32, reordered where it has heads that RoPE turns."""
     import numpy

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formats.tensors import Stored, bin_tensors, parse_json, read_tensor
+from formats.tensors import UNQUANTISED, Stored, bin_tensors, judge_names, parse_json, read_tensor
 
 # For each part of a layer, Meta's name, llama.cpp's, and the dimension that Meta cuts when it shards (None: it doesn't).
 LAYER_NAMES = {
@@ -36,6 +36,7 @@ LLAMA_3 = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "ma
 
 def open_meta(directory: Path, build: Callable[[dict[str, Any]], Any]) -> tuple[Any, dict[str, Stored]]:
     """(build(fields of a config.json), every tensor under its Hugging Face name), as read.open_checkpoint's."""
+    parse_json(directory / "params.json", judge)
     files = sorted(directory.glob("consolidated.*.pth"))
     if not files:
         raise FileNotFoundError(f"{directory / 'consolidated.00.pth'}: not found, but params.json is there")
@@ -65,11 +66,21 @@ def open_meta(directory: Path, build: Callable[[dict[str, Any]], Any]) -> tuple[
         return rotate_half_order(tensor, heads[projection]) if projection in heads else tensor
 
     for file, shard in shards.items():
+        judge_names(shard)
         for name in sorted(names.keys() ^ shard.keys()):
             raise ValueError(f"{file}: {'missing' if name in names else 'unexpected'} tensor "
                              f"{name if name.isprintable() else repr(name)}")
     return config, {hf: Stored(files[0], partial(read, name, hf, cut), copied=len(files) > 1 and cut is not None)
                     for name, (hf, cut) in names.items()}
+
+
+def judge(params: dict[str, Any]) -> None:
+    """Raises ValueError for params.json of what is no LLaMA, before any weights are looked at."""
+    if params.get("quantization_args"):
+        raise ValueError(f"quantization_args: {UNQUANTISED}")
+    for field in ("moe", "moe_args", "sliding_window", "vision_chunk_size", "vision_args"):
+        if params.get(field):
+            raise ValueError(f"{field} is not supported: only plain LLaMAs are, without experts, windows or pictures")
 
 
 def config_fields(params: dict[str, Any], directory: Path, shards: dict[Path, dict[str, Stored]]) -> dict[str, Any]:

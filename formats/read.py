@@ -17,20 +17,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from formats.gguf import gguf_file, open_gguf
 from formats.meta import open_meta
-from formats.tensors import Stored, first_line, parse_json, stored_tensors
+from formats.tensors import Stored, first_line, parse_json, read_tensor, stored_tensors
 
 
 def open_checkpoint(path: str | os.PathLike, build: Callable[[dict[str, Any]], Any]) -> tuple[Any, dict[str, Stored]]:
-    """(build(fields of a config.json), every tensor under its Hugging Face name) of a model on disk; no tensor is read yet.
+    """(build(fields of a config.json), every tensor under its Hugging Face name) of a model on disk, none of which is held.
 
     build makes the configuration and complains of bad values with ValueError, which then names the file. Raises
     FileNotFoundError or ValueError with one line that says what the path is instead of a model.
     """
     path = local_copy(path)
+    refuse_unfinished(path)
     if (path / "config.json").is_file():
-        return parse_json(path / "config.json", build), stored_tensors(path)
+        config, stored = parse_json(path / "config.json", build), stored_tensors(path)
+        if config.tie_word_embeddings:
+            check_tie(stored, "model.embed_tokens.weight")
+        return config, stored
     if (path / "params.json").is_file():
         return open_meta(path, build)
     if (path / "adapter_config.json").is_file():
@@ -44,6 +50,24 @@ def open_checkpoint(path: str | os.PathLike, build: Callable[[dict[str, Any]], A
         raise ValueError(f"{path}: holds {len(several)} .gguf files, name one of them: {', '.join(several)}")
     raise FileNotFoundError(f"{path / 'config.json'}: not found; a model is a folder with config.json and "
                             "model.safetensors, a folder of Meta's with params.json, a .gguf file, or org/name on the hub")
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """ValueError for the folder of a training of sft.py or reward.py that has not come to its end: it holds no model yet."""
+    if (folder / "training.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: holds a training that isn't finished; python sft.py (or reward.py, whichever began it) "
+                         f"--resume --out {folder} goes on with it")
+
+
+def check_tie(stored: dict[str, Stored], embedding: str | None) -> None:
+    """Raises ValueError where a tied model's files hold an output layer that is not the embedding: it would be lost."""
+    name = "lm_head.weight"
+    if embedding not in stored or name not in stored:
+        return
+    head, tied_to = read_tensor(stored[name], name), read_tensor(stored[embedding], embedding)
+    if head.shape != tied_to.shape or not torch.equal(head, tied_to.to(head.dtype)):
+        raise ValueError(f"{stored[name].file}: tensor {name} is not the embedding, to which config.json ties it: set "
+                         "tie_word_embeddings to false there")
 
 
 def local_copy(path: str | os.PathLike) -> Path:

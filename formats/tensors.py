@@ -24,6 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What GPTQ, AWQ, bitsandbytes, FP8, compressed-tensors, AQLM, HQQ and quanto store beside or instead of a weight.
+QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|scales|(nested_)?(absmax|quant_map)|quant_state\..*|SCB|weight_format|codes|"
+                       r"codebooks|W_q|_data|_scale|(weight|input)_(packed|scale|scale_inv|scales|global_scale|zero_point))$")
+UNQUANTISED = "the model is quantised: name the unquantised one that it was made of (only GGUF is dequantised)"
+
+
 class Stored(NamedTuple):
     """A tensor on disk: the file that holds it, and a function that reads it to the CPU.
 
@@ -55,9 +62,7 @@ def check_names(path: str | Path, stored: dict[str, Stored], expected: Mapping[s
     Left out: RoPE's frequencies, which old files hold and the model computes, and an output layer that it doesn't have or
     ties to the embedding.
     """
-    for name, tensor in stored.items():
-        if not name.isprintable():  # a line break in it would forge a second line of a message
-            raise ValueError(f"{tensor.file}: holds a tensor with the name {name!r}: damaged")
+    judge_names(stored)
     wanted = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")
               and not (name == "lm_head.weight" and name not in expected)}
     for name, tensor in wanted.items():
@@ -78,14 +83,12 @@ def load_tensors(stored: dict[str, Stored], dtype: torch.dtype | None = None, de
     # A model's final norm is near 1, a difference's near 0: read first, it spares reading the rest.
     names = sorted(stored, key=lambda name: not name.endswith("model.norm.weight"))
     for name in with_bar(names, "load", progress):
-        file, tensor = stored[name].file, read_tensor(stored[name], name)
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"{file}: tensor {name} is of {tensor.dtype}: quantised models are only read from GGUF")
+        file, tensor = stored[name].file, read_weight(stored[name], name)
         if like is not None and tensor.shape != (shape := like.get_parameter(name).shape):
             raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, its configuration asks for "
                              f"{tuple(shape)}")
-        if name.endswith("model.norm.weight") and tensor.float().abs().mean() < 0.02:
-            raise ValueError(_difference_message(file.parent))
+        if name.endswith("model.norm.weight"):
+            refuse_difference(file.parent, tensor)
         moved = tensor.to(device=device, dtype=dtype)
         if moved.data_ptr() == tensor.data_ptr() and not stored[name].copied:
             moved = moved.clone()  # a view of the file would change when the file does
@@ -100,6 +103,29 @@ def read_tensor(stored: Stored, name: str) -> Tensor:
     except Exception as error:  # torch, pickle, zip, safetensors and numpy each raise their own kinds
         raise ValueError(f"{stored.file}: tensor {name} cannot be read, truncated or damaged "
                          f"({first_line(error)})") from error
+
+
+def read_weight(stored: Stored, name: str) -> Tensor:
+    """read_tensor, and ValueError for the integers or 8-bit numbers of a quantised model."""
+    tensor = read_tensor(stored, name)
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{stored.file}: tensor {name} is of {tensor.dtype}: {UNQUANTISED}")
+    return tensor
+
+
+def judge_names(stored: Mapping[str, Stored]) -> None:
+    """Raises ValueError for names that are damaged, or that only a quantised model's tensors have."""
+    for name, tensor in stored.items():
+        if not name.isprintable():  # a line break in it would forge a second line of a message
+            raise ValueError(f"{tensor.file}: holds a tensor with the name {name!r}: damaged")
+        if QUANTISED.search(name):
+            raise ValueError(f"{tensor.file}: tensor {name}: {UNQUANTISED}")
+
+
+def refuse_difference(path: Path, norm: Tensor) -> None:
+    """Raises ValueError where a LLaMA's final norm is near 0, as a difference's: its own is near 1. (Gemma's is near 0, too.)"""
+    if norm.float().abs().mean() < 0.02:
+        raise ValueError(_difference_message(path))
 
 
 def _difference_message(path: Path) -> str:
@@ -199,7 +225,7 @@ def _renewing(load: Callable[[], dict[str, Tensor]], sizes: dict[str, int]) -> C
 def parse_json(file: Path, build: Callable[[dict[str, Any]], Any]) -> Any:
     """build(the JSON object in file); whatever is wrong with it becomes a ValueError that names the file."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
         if not isinstance(values, dict):
             raise ValueError(f"holds a {type(values).__name__}, not an object")
         return build(values)

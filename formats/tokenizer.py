@@ -23,11 +23,12 @@ from typing import Any
 
 from torch import Tensor
 
-from formats.gguf import gguf_file
+from formats.gguf import gguf_file, stop_ids
+from formats.read import refuse_unfinished
 
-# What a tokenizer consists of on disk; each of the first three can hold a vocabulary.
+# What a tokenizer consists of on disk; each of the first three can hold a vocabulary, the last names what ends a response.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
-                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")  # org/name, or org/name@revision
 
 
@@ -35,9 +36,10 @@ HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")  # org/name, or 
 class Tokenizer:
     """One thin face for SentencePiece and transformers' tokenizers.
 
-    encode(text, bos=True, eos=False) -> ids; decode(ids) -> text; bos_token_id (None where there is none),
-    eos_token_id, pad_token_id; vocab_size, also len(). bos=True begins a text the way this tokenizer begins texts
-    (SmolLM2's adds no BOS); bos=False continues one.
+    encode(text, bos=True, eos=False) -> ids; decode(ids) -> text; pieces(ids) -> each token's own spelling; bos_token_id
+    (None where there is none), eos_token_id (what `encode` ends a text with), stop_ids (all that end a response, EOS first),
+    pad_token_id; vocab_size, also len(). bos=True begins a text the way this tokenizer begins texts (SmolLM2's adds no
+    BOS); bos=False continues one.
     """
 
     to_ids: Callable[[str], list[int]]  # the bare text, without BOS and EOS
@@ -49,6 +51,8 @@ class Tokenizer:
     adds_bos: bool = True
     render_chat: Callable[[str], str] | None = None
     end_of_turn_id: int | None = None  # what ends a turn in the chat template, where that isn't EOS: see for_template
+    other_stops: tuple[int, ...] = ()  # what ends a response, too, by the model's own files (Llama 3 names several)
+    pieces: Callable[[list[int]], list[str]] | None = None
     kind: str = "custom"
     save_files: Callable[[Path], object] | None = None  # writes its files into a folder
     home: Path | None = None  # the folder that it came from
@@ -59,22 +63,28 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.vocab_size
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every token that ends a response: EOS, and what config.json and generation_config.json name beside it."""
+        return tuple(dict.fromkeys((self.eos_token_id, *self.other_stops)))
+
     def for_template(self, template: Any) -> "Tokenizer":
-        """This tokenizer with the EOS that ends a response to `template`.
+        """This tokenizer with the EOS that ends a response to `template`; the tokenizer's own goes on ending one, too.
 
         A chat model ends its turn with the template's token (Llama 3's <|eot_id|>). Where EOS is another one
         (<|end_of_text|>) it would never come: each response would run to the length limit and count as unfinished.
         """
         chat = template == "chat" and self.end_of_turn_id is not None
-        return replace(self, eos_token_id=self.end_of_turn_id) if chat else self
+        return replace(self, eos_token_id=self.end_of_turn_id, other_stops=self.stop_ids) if chat else self
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """Token ids of `text`; `bos` starts a new text (never with two BOS), `eos` ends it."""
+        """Token ids of `text`; `bos` starts a new text, `eos` ends it (never with two of them)."""
         ids = self.to_ids(text) if bos else self._continuation(text)
         # A chat template may have written BOS into the text already.
         if bos and self.adds_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids = [self.bos_token_id, *ids]
-        return [*ids, self.eos_token_id] if eos else ids
+        # An output may end in the text of EOS already: with two, a reward model would be trained on what no rollout holds.
+        return [*ids, self.eos_token_id] if eos and ids[-1:] != [self.eos_token_id] else ids
 
     def _continuation(self, text: str) -> list[int]:
         """Ids of `text` as they stand inside a longer text. SentencePiece puts a space before whatever it is given;
@@ -118,7 +128,8 @@ def describe_tokenizer(tokenizer: Tokenizer) -> str:
     return ", ".join([
         f"tokenizer: {tokenizer.kind}, {len(tokenizer):,} tokens",
         "no bos" if bos is None else f"bos {bos}" if tokenizer.adds_bos else f"bos {bos} (not added)",
-        f"eos {eos} (the end of a turn)" if eos == tokenizer.end_of_turn_id else f"eos {eos}",
+        (f"eos {eos} (the end of a turn)" if eos == tokenizer.end_of_turn_id else f"eos {eos}")
+        + "".join(f" or {other}" for other in tokenizer.stop_ids[1:]),
         "pad = eos" if pad == eos else f"pad {pad}", "chat template" if tokenizer.render_chat else "no chat template"])
 
 
@@ -136,6 +147,14 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, what: str) -> int:
     return rows - len(tokenizer)
 
 
+def window_warning(tokens: int, window: int, what: str) -> list[str]:
+    """A line where so many tokens are more than the positions that the model was trained on; to be printed."""
+    if tokens <= window:
+        return []
+    return [f"warning: {what}: {tokens} tokens are more than its {window} positions (max_position_embeddings in config.json); "
+            "what stands beyond them it was never trained to read"]
+
+
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -148,6 +167,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     where, hub = Path(path), HUB_NAME.fullmatch(str(path))
     if where.is_dir():
+        refuse_unfinished(where)
         return _from_folder(where)
     if where.is_file():
         return _gguf_tokenizer(where) if where.suffix == ".gguf" else _sentencepiece_tokenizer(where)
@@ -183,9 +203,26 @@ def _from_folder(folder: Path) -> Tokenizer:
 
         # Not the default, None: it asks at the terminal whether to run code that lies in the folder.
         tokenizer = _transformers_tokenizer(
-            lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), folder, adds_bos)
-    return replace(tokenizer, home=folder.resolve(),
+            lambda **changes: AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **changes), folder, adds_bos)
+    return replace(tokenizer, home=folder.resolve(), other_stops=_named_stops(folder, config, tokenizer),
                    save_files=lambda to: [shutil.copyfile(folder / name, to / name) for name in files])
+
+
+def _named_stops(folder: Path, config: dict, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends a response by the files beside the tokenizer: transformers' generate stops there, and so does everything here."""
+    named = []
+    for name in ("config.json", "generation_config.json"):
+        ids = _read_json(folder / name).get("eos_token_id")
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        for i in ids:
+            if type(i) is not int:
+                raise ValueError(f"{folder / name}: eos_token_id is {ids!r}: it must be a token's id, a list of them, or null")
+        named += ids
+    token = config.get("eos_token")  # tokenizer.model has an EOS of its own, which need not be this one
+    token = token.get("content") if isinstance(token, dict) else token
+    known = tokenizer.pieces(list(range(len(tokenizer)))) if token and tokenizer.kind == "SentencePiece" else []
+    named += [known.index(token)] if token in known else []
+    return tuple(i for i in named if 0 <= i < len(tokenizer))
 
 
 def _without_tokenizer_files(folder: Path) -> Tokenizer:
@@ -221,7 +258,10 @@ def _read_json(file: Path) -> dict:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")).items())
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__}, not an object")
+        return content
     except (ValueError, OSError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON object ({_one_line(error)})") from None
 
@@ -244,8 +284,9 @@ def _sentencepiece_tokenizer(file: Path, adds_bos: bool = True, added_pad: int |
     if eos < 0:
         raise ValueError(f"{file}: the SentencePiece model has no EOS; responses could not end")
     pad = next(i for i in (added_pad, pieces.pad_id(), pieces.unk_id(), eos) if i is not None and i >= 0)
-    return Tokenizer(pieces.encode, lambda ids: pieces.decode([i for i in ids if i < n]), max(n, pad + 1),
-                     None if bos < 0 else bos, eos, pad, adds_bos, kind="SentencePiece",
+    return Tokenizer(pieces.encode, lambda ids: pieces.decode([i for i in ids if i < n]),
+                     max(n, pad + 1), None if bos < 0 else bos, eos, pad, adds_bos, kind="SentencePiece",
+                     pieces=lambda ids: [pieces.id_to_piece(i) if i < n else "" for i in ids],
                      save_files=lambda to: shutil.copyfile(file, to / "tokenizer.model"))
 
 
@@ -257,11 +298,11 @@ def _gguf_tokenizer(file: Path) -> Tokenizer:
         raise ValueError(f"{file}: transformers {version} misreads the special tokens of .gguf files; "
                          "pip install 'transformers>=5.23'")
 
-    def read() -> Any:
+    def read(**changes: Any) -> Any:
         # Alone in a folder: beside a tokenizer.json transformers would read that instead of the file's own vocabulary.
         with tempfile.TemporaryDirectory() as alone:
             (Path(alone) / file.name).symlink_to(file.resolve())
-            hf = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=file.name)
+            hf = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=file.name, **changes)
         backend = json.loads(hf.backend_tokenizer.to_str())
         last = max(backend["model"]["vocab"].values())
         own = [token for token in backend["added_tokens"] if token["id"] <= last]
@@ -271,17 +312,23 @@ def _gguf_tokenizer(file: Path) -> Tokenizer:
         backend = type(hf.backend_tokenizer).from_str(json.dumps(backend | {"added_tokens": own}))
         return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=hf.chat_template, **hf.special_tokens_map)
 
-    return _transformers_tokenizer(read, file)
+    tokenizer = _transformers_tokenizer(read, file)
+    return replace(tokenizer, other_stops=tuple(i for i in stop_ids(file) if i < len(tokenizer)))
 
 
-def _transformers_tokenizer(read: Callable[[], Any], path: Path, adds_bos: bool | None = None) -> Tokenizer:
-    """A Tokenizer around the one that `read` gives. adds_bos None: as that one does it by itself."""
+def _transformers_tokenizer(read: Callable[..., Any], path: Path, adds_bos: bool | None = None) -> Tokenizer:
+    """A Tokenizer around the one that `read` gives, with changed fields. adds_bos None: as that one does it by itself."""
     try:
         hf = read()
+        text = hf.pad_token if _pad_is_text(hf) else None
+        hf = hf if text is None else read(pad_token=None)
     except Exception as error:  # the tokenizers library has nothing narrower for a damaged file
         raise ValueError(f"{path}: no tokenizer that transformers can read ({_one_line(error)})") from None
     if hf.eos_token_id is None:
         raise ValueError(f"{path}: the tokenizer has no EOS token; responses could not end")
+    if text is not None and not hf.decode(hf.convert_tokens_to_ids([text]), skip_special_tokens=True):
+        raise ValueError(f"{path}: pad_token {text!r} is a piece of ordinary text, and listed as special it would be cut out of "
+                         "every answer: take it out of tokenizer.json's added_tokens, and name another pad_token or none")
 
     def render_chat(text: str) -> str:
         try:
@@ -296,7 +343,19 @@ def _transformers_tokenizer(read: Callable[[], Any], path: Path, adds_bos: bool 
         pad_token_id=next(i for i in (hf.pad_token_id, hf.unk_token_id, hf.eos_token_id) if i is not None),
         adds_bos=hf("a")["input_ids"][:1] == [hf.bos_token_id] if adds_bos is None else adds_bos,
         render_chat=render_chat if hf.chat_template else None, end_of_turn_id=_end_of_turn(hf),
-        kind="transformers", save_files=hf.save_pretrained)
+        pieces=hf.convert_ids_to_tokens, kind="transformers", save_files=hf.save_pretrained)
+
+
+def _pad_is_text(hf: Any) -> bool:
+    """Whether padding is a piece that texts are made of, as "!" is where somebody needed any token for it: once it is called
+    special, transformers takes it out of whatever it decodes."""
+    pad = hf.pad_token
+    if pad is None or pad in (hf.eos_token, hf.bos_token, hf.unk_token) or re.fullmatch(r"[<\[|｜].*[>\]|｜]", pad, re.DOTALL):
+        return False
+    if not hasattr(hf, "backend_tokenizer"):
+        return False
+    vocabulary = json.loads(hf.backend_tokenizer.to_str())["model"].get("vocab", {})
+    return pad in (vocabulary if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary})
 
 
 def _end_of_turn(hf: Any) -> int | None:
@@ -315,7 +374,7 @@ def _end_of_turn(hf: Any) -> int | None:
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
     """The tokenizer's files; out of a GGUF file they are made."""
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
     if not (source / "config.json").is_file() and gguf_file(source):

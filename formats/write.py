@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from formats.tensors import first_line
+
+
+def any_console() -> None:
+    """For the head of every program: a console or pipe whose encoding lacks a character gets ? for it, and the work goes on."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:

@@ -9,7 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server:
-    """An OpenAI-compatible server on loopback that does to each request what the next entry of `script` says, then "ok"."""
+    """An OpenAI-compatible server on loopback that does to each request what the next entry of `script` says, then "ok".
+
+    answer: a text, or a function of the request's body that returns one, or a dict of the answer's text and finish_reason, or
+    of another status and body.
+    """
 
     def __init__(self, script=(), answer="The first. Verdict: 1"):
         self.script, self.answer, self.seen, self.headers = list(script), answer, [], []
@@ -42,11 +46,15 @@ class Server:
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def behave(self, request, what, body):
-        text = self.answer(body) if callable(self.answer) else self.answer
-        good = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [
-            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-            "usage": {"prompt_tokens": 11, "completion_tokens": 4, "total_tokens": 15}}).encode()
-        status, length, headers = 200, None, {}
+        said = self.answer(body) if callable(self.answer) else self.answer
+        said = {"text": said} if isinstance(said, str) else said
+        text = None if what == "empty" else said.get("text")
+        choice = {"index": 0, "finish_reason": said.get("finish_reason", "stop"),
+                  "message": {"role": "assistant", "content": text}}
+        usage = {"prompt_tokens": 11, "completion_tokens": 4, "total_tokens": 15}
+        good = json.dumps(said.get("body", {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+                                            "choices": [choice], "usage": usage})).encode()
+        status, length, headers = said.get("status", 200), None, {}
         if isinstance(what, int):
             status, good = what, json.dumps({"error": {"message": f"trouble {what} {request.headers['Authorization']}"}}).encode()
         elif what == "wait":
@@ -63,8 +71,6 @@ class Server:
             request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             request.connection.close()
             return
-        elif what == "empty":
-            good = good.replace(json.dumps(text).encode(), b"null")
         request.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(length or len(good)), **headers}.items():
             request.send_header(name, value)

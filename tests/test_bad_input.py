@@ -103,6 +103,11 @@ def adapter_without_weights(world: Path) -> None:
     (world / "adapter" / "adapter_model.safetensors").unlink()
 
 
+def adapter_of_nothing(world: Path) -> None:
+    an_adapter()(world)
+    save_file({}, world / "adapter" / "adapter_model.safetensors")
+
+
 ADAPTER = ["--adapter", "{world}/adapter"]
 WRONG = [  # (what is wrong with the world, flags of train.py behind the right ones, words of the message)
     # instructions
@@ -128,6 +133,7 @@ WRONG = [  # (what is wrong with the world, flags of train.py behind the right o
     (write("sft/config.json", "[]"), [], "holds a list, not an object"),
     (write("sft/config.json", DEEP), [], "sft/config.json"),
     (change("sft/config.json", model_type="gpt2"), [], "model_type 'gpt2' is not supported"),
+    (change("sft/config.json", quantization_config={"bits": 4}), [], "sft/config.json: quantization_config: the model is"),
     (change("sft/config.json", hidden_size="large"), [], "hidden_size is 'large'"),
     (change("sft/config.json", num_hidden_layers=10**9), [], "num_hidden_layers is 1000000000: it must be a whole number from 1"),
     (change("sft/config.json", num_hidden_layers=10**6), [], "num_hidden_layers is 1000000, but there are"),
@@ -168,6 +174,9 @@ WRONG = [  # (what is wrong with the world, flags of train.py behind the right o
     (an_adapter(use_dora=True), ADAPTER, "use_dora True is not supported"),
     (write("reward/x", ""), ADAPTER, "adapter: no adapter_config.json"),
     (adapter_without_weights, ADAPTER, "adapter_model.safetensors: not found"),
+    (adapter_of_nothing, ADAPTER, "adapter_model.safetensors: holds no adapter"),
+    (change("reward/config.json", model_type="gemma"), [], "reward/config.json: model_type 'gemma' is not supported"),
+    (change("reward/config.json", quantization_config={"bits": 4}), [], "reward/config.json: quantization_config: the model is"),
     # flags
     (None, ["--estimator", "chi_squared"], "estimator 'chi_squared' does not exist; choose clamped_kl"),
     (None, ["--steps", "0"], "steps is 0: must be at least 1"),
@@ -177,20 +186,22 @@ WRONG = [  # (what is wrong with the world, flags of train.py behind the right o
     (None, ["--tuning", "half"], "argument --tuning: invalid choice: 'half'"),
     (None, ["--beta", "nan"], "beta is nan: must be a finite number"),
     (None, ["--beta", "-1"], "beta is -1.0: must be at least 0"),
-    (None, ["--learning-rate", "inf"], "learning_rate is inf: must be a finite number"),
-    (None, ["--learning-rate", "0"], "learning_rate is 0.0: must be above 0"),
+    (None, ["--learning-rate", "inf"], "--learning-rate is inf: must be a finite number"),
+    (None, ["--learning-rate", "0"], "--learning-rate is 0.0: must be above 0"),
     (None, ["--gamma", "2"], "gamma is 2.0: must be from 0 to 1"),
     (None, ["--cliprange", "0"], "cliprange is 0.0: must be above 0"),
-    (None, ["--lora-alpha", "nan"], "lora_alpha is nan"),
-    (None, ["--lora-rank", "-8"], "lora_rank is -8: must be at least 1"),
-    (None, ["--micro-batch-size", "3"], "step_batch_size 4 is not a multiple of micro_batch_size 3"),
+    (None, ["--lora-alpha", "nan"], "--lora-alpha is nan"),
+    (None, ["--lora-rank", "-8"], "--lora-rank is -8: must be from 1 to 65536"),
+    (None, ["--seed", "9" * 19], "must be a finite number"),
+    (None, ["--steps", "9" * 400], "must be a finite number"),
+    (None, ["--micro-batch-size", "3"], "--step-batch-size 4 is not a multiple of --micro-batch-size 3"),
     (None, ["--policy-device", "cuda:9"], "--policy-device cuda:9 is not there: choose from"),
-    (None, ["--query-length", "3"], "max_tokens = 3: all 60 prompts are longer"),
+    (None, ["--query-length", "3"], "--query-length 3: all 60 prompts are longer"),
     (None, ["--reward", "{world}/rules.py:rule"], "rules.py: no such file"),
     (write("rules.py", "x = 1"), ["--reward", "{world}/rules.py:rule"], "rules.py has no function 'rule'"),
     (write("rules.py", "def rule(p, r):\n    return [None]"), ["--reward", "{world}/rules.py:rule"],
      "must return a list of numbers"),
-    (None, ["--resume", "--out", "{world}"], "config.json not found: there is no run"),
+    (None, ["--resume", "--out", "{world}"], "there is no run in"),
 ]
 
 
@@ -233,7 +244,7 @@ def test_train_says_in_one_line_what_is_wrong(broken, tmp_path, monkeypatch, cap
 
 WRONG_EVALUATIONS = [  # (file of the run that is written, its content, flags of evaluate.py, words)
     ("a.json", "[{}]", ["winrate", "--annotations", "{run}/a.json"], 'record 1: has no field "preference"'),
-    ("a.json", '[{"preference": 7}]', ["winrate", "--annotations", "{run}/a.json"], "preference 7.0 must be 0 (tie) or from 1"),
+    ("a.json", '[{"preference": 7}]', ["winrate", "--annotations", "{run}/a.json"], "record 1: preference 7 must be a number"),
     ("a.json", DEEP, ["winrate", "--annotations", "{run}/a.json"], "neither a JSON list nor JSON lines"),
     ("a.json", "[]", ["winrate", "--annotations", "{run}/a.json"], "no preference is left"),
     ("x", "", ["winrate", "--annotations", "{run}/none.json"], "none.json"),
@@ -279,3 +290,13 @@ def test_the_other_programs_do_so_too(broken, monkeypatch, capsys, program, argv
     code, error = complaint(program, "program", [flag.format(world=broken) for flag in argv], monkeypatch, capsys)
     assert code == 2 and words in error and len(error.strip().split("\n")) == 1, error
     assert not (broken / "out").exists()
+
+
+@pytest.mark.parametrize(("harm", "words"), [
+    (adapter_of_nothing, "adapter_model.safetensors: holds no adapter"), (an_adapter(lora_alpha=0), "lora_alpha is 0"),
+    (an_adapter(base_model_name_or_path=7), "--policy is missing: ")])
+def test_evaluate_says_what_is_wrong_with_an_adapter(broken, monkeypatch, capsys, harm, words):
+    harm(broken)
+    argv = [str(broken / "adapter"), "--data", str(broken / "data" / "evaluation.json"), "--prompt-template", "tiny"]
+    code, error = complaint(evaluate, "evaluate.py", argv, monkeypatch, capsys)
+    assert code == 2 and error.startswith("evaluate.py: ") and error.count("\n") == 1 and words in error, error

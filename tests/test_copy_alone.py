@@ -210,6 +210,54 @@ def test_lora_py_alone_says_what_needs_the_rest_of_the_project(tmp_path):
         """)
 
 
+def test_lora_py_alone_refuses_an_empty_adapter_and_reads_ranks_of_single_layers(tmp_path):
+    alone("lora", tmp_path, """
+        from safetensors.torch import save_file
+        from lora import add_lora, load_lora, lora_layers, save_lora
+        def model(): return torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4), "v_proj": torch.nn.Linear(4, 4)})
+        save_lora(add_lora(model(), rank=3), "adapter")
+        config = pathlib.Path("adapter/adapter_config.json")
+        text = config.read_text().replace('"rank_pattern": {}', '"rank_pattern": {"v_.*": 3}')
+        config.write_text(text.replace('"r": 3', '"r": 2'))
+        try:
+            load_lora(model(), "adapter")
+        except ValueError as error:
+            assert "q_proj.lora_A has shape (3, 4), not (2, 4) as rank 2 asks" in str(error), error
+        save_file({}, "adapter/adapter_model.safetensors")
+        try:
+            load_lora(model(), "adapter")
+        except ValueError as error:
+            assert "adapter_model.safetensors: holds no adapter" in str(error), error
+        else:
+            raise AssertionError("an empty adapter was loaded")
+        """)
+
+
+def test_model_py_alone_refuses_a_quantised_model(tmp_path):
+    alone("model", tmp_path, """
+        import json
+        from safetensors.torch import load_file, save_file
+        from model import Llama, LlamaConfig
+        Llama(LlamaConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                          num_attention_heads=4)).save_pretrained("model")
+        config, weights = pathlib.Path("model/config.json"), pathlib.Path("model/model.safetensors")
+        tensors, name = load_file(weights), "model.layers.0.mlp.up_proj.weight"
+        for dtype in (torch.int8, torch.int32, torch.float8_e4m3fn):
+            save_file(tensors | {name: tensors[name].to(dtype)}, weights)
+            try:
+                Llama.from_pretrained("model", dtype=torch.float32)
+            except ValueError as error:
+                assert f"tensor {name} is missing, quantised, or" in str(error), error
+            else:
+                raise AssertionError("weights without their scales were loaded")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"bits": 4}}))
+        try:
+            Llama.from_pretrained("model")
+        except ValueError as error:
+            assert "quantization_config: the model is quantised" in str(error), error
+        """)
+
+
 def test_lora_py_alone_trains_in_hugging_faces_trainer_in_bf16(tmp_path):
     alone("lora", tmp_path, """
         import transformers

@@ -124,7 +124,7 @@ def test_long_prompts_are_dropped_never_cut(tokenizer):
     prompts = tokenize_prompts(examples, tokenizer, bare, max_tokens=12)
     assert prompts.examples == [examples[0], examples[2]] and prompts.dropped == 1
     assert prompts.ids == [tokenizer.encode("copper"), tokenizer.encode("metal")]
-    with pytest.raises(ValueError, match="max_tokens = 1: all 3 prompts are longer"):
+    with pytest.raises(ValueError, match="max_tokens 1: all 3 prompts are longer"):
         tokenize_prompts(examples, tokenizer, bare, max_tokens=1)
 
 

@@ -120,3 +120,13 @@ def test_unbiased_estimators_average_to_the_true_kl_over_the_vocabulary():
     for name in ("kl", "bregman"):
         expectation = (logprobs.exp() * ESTIMATORS[name](logprobs, ref_logprobs)).sum()
         torch.testing.assert_close(expectation, true_kl(logprobs, ref_logprobs))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_doubles_stay_doubles_and_halves_become_floats(name):
+    """log π − log π_ref = 1e-9 is nothing to float32 beside log-probabilities near −8, and all there is to see in float64."""
+    logprobs, ref_logprobs = torch.tensor([-8.0], dtype=torch.float64), torch.tensor([-8.0 - 1e-9], dtype=torch.float64)
+    assert get_estimator(name)(logprobs, ref_logprobs).dtype == torch.float64
+    assert get_estimator(name)(logprobs.half(), ref_logprobs.half()).dtype == torch.float32
+    gap = get_estimator("kl")(logprobs, ref_logprobs)
+    torch.testing.assert_close(gap, torch.tensor([1e-9], dtype=torch.float64), rtol=1e-5, atol=0)

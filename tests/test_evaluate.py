@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from runs import records, settings, start
 
 import evaluate
@@ -76,14 +77,56 @@ def test_several_files_of_annotations_are_runs_with_a_bootstrap_over_them(tmp_pa
     assert out.splitlines()[-1].startswith(f"{mean:.2f} ± {error:.2f} %  mean and bootstrap standard error over 3 files")
 
 
-def test_older_checkpoints_measured_alike_stay_and_others_go(run, call):
+def test_results_of_other_settings_stand_beside_each_other_and_replace_nothing(run, call, tmp_path):
+    """A quick look at 5 instructions, judged by the reward model itself, once took the benchmark's place in the report."""
     call(run, "--step", "1")
     call(run, "--step", "2")
     assert list(results(run)) == ["SFT", "step-0001", "step-0002"]
-    call(run, "--step", "all", "--limit", 5)
-    assert [r["n"] for r in results(run).values()] == [5, 5, 5]
-    call(run, "--step", "2")
-    assert list(results(run)) == ["SFT", "step-0002"]
+    whole = results(run)
+    outputs = (run / "outputs" / "step-0002" / "model_outputs.json").read_text(encoding="utf-8")
+    _, out, _ = call(run, "--limit", 5, "--judge", "reward")
+    assert "step-0002-n-5-judge-reward, beside what was measured with other settings" in out
+    found = results(run)
+    assert {name: found[name] for name in whole} == whole
+    assert {name: r["n"] for name, r in found.items() if name not in whole} == {
+        "SFT-n-5-judge-reward": 5, "step-0002-n-5-judge-reward": 5}
+    assert (run / "outputs" / "step-0002" / "model_outputs.json").read_text(encoding="utf-8") == outputs
+    call(run, "--limit", 5, "--judge", "reward")  # again: the same names
+    assert list(results(run)) == list(found)
+    code, out, _ = call("report", run, "--out", tmp_path / "report")
+    assert code == 0 and "measured on 12 instructions" in out and "also holds: 5 instructions" in out and "judge reward" in out
+    code, out, _ = call("report", run, "--out", tmp_path / "report", "--judge", "reward")
+    assert code == 0 and "measured on 5 instructions" in out
+
+
+def test_a_damaged_evaluation_is_not_written_over(run, call):
+    (run / "evaluation.json").write_text('{"SFT": 1')
+    code, _, err = call(run)
+    assert code == 2 and "evaluation.json: no JSON object" in err and (run / "evaluation.json").read_text() == '{"SFT": 1'
+
+
+def test_instructions_that_are_left_out_are_said_and_stored(run, call, world, tmp_path):
+    tasks = json.loads((world / "data" / "evaluation.json").read_text(encoding="utf-8"))
+    long = tasks[0] | {"input": "word " * 400}
+    (tmp_path / "some.json").write_text(json.dumps([*tasks, long]))
+    _, out, _ = call(run, "--data", tmp_path / "some.json", "--judge", "none")
+    assert "evaluation: 12 instructions, 1 more left out as longer than 192 tokens (--query-length)" in out
+    assert results(run)["step-0002"]["left_out"] == 1
+    _, out, _ = call(run, "--data", tmp_path / "some.json", "--judge", "none", "--query-length", 2000)
+    assert "evaluation: 13 instructions\n" in out
+
+
+def test_a_checkpoint_on_another_base_model_is_refused(run, call, world, tmp_path):
+    """The path is the same and the weights behind it are others: answers and KL would be of neither."""
+    base = shutil.copytree(world / "sft", tmp_path / "sft")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] += 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((run / "config.json").read_text()) | {"policy": str(base)}
+    (run / "config.json").write_text(json.dumps(config))
+    for argv in ((run,), ("chat", run)):
+        code, _, err = call(*argv)
+        assert code == 2 and f"--policy {base} is not what {run}/step-0002 was trained with" in err
 
 
 def test_an_llm_judges_and_a_second_evaluation_asks_nothing(run, call, serve, monkeypatch):
@@ -110,6 +153,33 @@ def test_a_server_that_refuses_ends_in_one_line_and_keeps_what_was_judged(run, c
     assert code == 2 and err.count("\n") == 1 and "HTTP 401" in err and "OPENAI_API_KEY" in err and "sk-secret" not in err
     assert len(records(run / "judgements.jsonl")) == 5 and not (run / "evaluation.json").exists()
     assert call(run, *flags)[0] == 0
+
+
+def test_a_pair_that_the_server_refuses_is_left_out_and_said(run, call, serve):
+    prompts: list[str] = []
+
+    def answer(body):
+        prompts.append(body["messages"][0]["content"])
+        refused = {"status": 400, "body": {"error": {"message": "blocked by the content filter"}}}
+        return refused if prompts[-1] == prompts[0] else {"text": "Verdict: 1", "finish_reason": "length"} if (
+            prompts[-1] == prompts[1]) else "Verdict: 1"
+
+    flags = ("--judge", "openai", "--judge-model", "m", "--base-url", serve(answer=answer).url, "--parallel", 1)
+    for _ in range(2):
+        code, out, err = call(run, *flags)
+        assert code == 0, err
+        assert "judgements that could not be read or were refused, left out: SFT 2" in out
+        assert "1 cut off at 300 tokens" in out and "1 refused by the server" in out and "blocked by the content filter" in out
+    annotations = json.loads((run / "outputs" / "SFT" / "annotations.json").read_text())
+    assert [a["preference"] for a in annotations if "refused" in a] == [None] and results(run)["SFT"]["judged"] == 10
+    assert not any("refused" in record for record in records(run / "judgements.jsonl"))
+
+
+def test_a_server_that_refuses_every_pair_ends_in_one_line_and_writes_nothing(run, call, serve):
+    before = set(run.rglob("*"))
+    url = serve(answer={"status": 400, "body": {"error": {"message": "no model m"}}}).url
+    code, _, err = call(run, "--judge", "openai", "--judge-model", "m", "--base-url", url)
+    assert code == 2 and err.count("\n") == 1 and "HTTP 400" in err and "no model m" in err and set(run.rglob("*")) == before
 
 
 def test_the_runs_reward_model_can_judge(run, call, world):
@@ -143,6 +213,7 @@ def test_bios_are_written_for_factscore_and_checked_against_passages(run, call, 
 
 
 @pytest.mark.parametrize(("flags", "message"), [
+    (["--judge", "openai", "--judge-model", "m"], "https://api.openai.com/v1 wants a key, in OPENAI_API_KEY"),
     (["--judge", "openai"], "needs --judge-model NAME or --judge-pool FILE"),
     (["--judge-model", "m"], "--judge-model goes with --judge openai, not auto"),
     (["--judge", "openai", "--judge-model", "m", "--base-url", "nonsense"], "--base-url 'nonsense'"),
@@ -152,7 +223,8 @@ def test_bios_are_written_for_factscore_and_checked_against_passages(run, call, 
     (["--kl-tokens", "0"], "--kl-tokens 0"), (["--judge-timeout", "0"], "--judge-timeout 0.0"),
     (["--step", "last"], "--step last: must be a whole number, or all"), (["--step", "9"], "holds checkpoints [1, 2]"),
     (["--data", "nowhere.json"], "nowhere.json"), (["--topics", "nowhere.txt"], "nowhere.txt")])
-def test_wrong_flags_are_one_line_and_write_nothing(run, call, flags, message):
+def test_wrong_flags_are_one_line_and_write_nothing(run, call, flags, message, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     before = {p: p.stat().st_mtime for p in run.rglob("*")}
     code, _, err = call(run, *flags)
     assert code == 2 and err.count("\n") == 1 and message in err

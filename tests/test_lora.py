@@ -338,6 +338,19 @@ def test_a_merged_model_is_stored_whole_and_an_adapted_one_as_its_base(tmp_path)
     torch.testing.assert_close(Llama.from_pretrained(tmp_path / "merged")(IDS), logits, atol=1e-4, rtol=1e-4)
 
 
+def test_a_tied_output_layer_that_an_adapter_was_merged_into_is_stored_by_itself(tmp_path):
+    model = adapted(tiny(tie_word_embeddings=True), targets=("q_proj", "lm_head"))
+    logits = model(IDS)
+    merge_lora(model).save_pretrained(tmp_path / "merged")
+    for again in (Llama.from_pretrained(tmp_path / "merged"),
+                  lambda ids: transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits):
+        torch.testing.assert_close(again(IDS), logits, atol=1e-4, rtol=1e-4)
+    unmerge_lora(model).save_pretrained(tmp_path / "base")  # tied as before
+    assert "lm_head.weight" not in load_file(tmp_path / "base" / "model.safetensors")
+    base = Llama.from_pretrained(tmp_path / "base")
+    assert base.config.tie_word_embeddings and torch.equal(base(IDS), tiny(tie_word_embeddings=True)(IDS))
+
+
 def test_a_value_models_adapters_come_back_under_its_own_names(tmp_path):
     value = ValueModel(adapted())
     assert f"base_model.model.backbone.{Q}.lora_A.weight" in lora_state_dict(value)
@@ -390,7 +403,7 @@ def test_a_released_file_of_one_part_needs_no_choice(tmp_path):
     backbone = tiny()
     assert load_lora(backbone, tmp_path / "value.bin").keys() == {"value_head", "value_head_bias"}
     assert torch.equal(backbone(IDS), value(IDS))
-    with pytest.raises(ValueError, match="no adapters of the policy model"):
+    with pytest.raises(ValueError, match="no adapter of the policy model"):
         load_lora(tiny(), tmp_path / "value.bin", part="policy")
 
 
@@ -402,7 +415,10 @@ def test_broken_adapters_are_named_file_and_tensor_and_change_nothing(tmp_path):
              (good | {key: torch.ones(8, 31)}, rf"tensor {Q}.lora_A has shape \(8, 31\), not \(8, 32\)"),
              (good | {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(8, 32)},
               r"unexpected tensor model.layers.7.self_attn.q_proj.lora_A"),
-             (good | {"base_model.model.score.weight": torch.ones(1)}, r"unexpected tensor base_model.model.score")]
+             (good | {"base_model.model.score.weight": torch.ones(1)}, r"unexpected tensor score.weight: .*merge it with PEFT"),
+             (good | {key: torch.full((8, 32), torch.nan)}, rf"tensor {Q}.lora_A .* holds NaN"),
+             (good | {key: torch.full((8, 32), -torch.inf)}, rf"tensor {Q}.lora_A .* holds NaN, infinity"),
+             (good | {key: torch.ones(8, 32).int()}, rf"tensor {Q}.lora_A \(torch.int32\) holds")]
     for tensors, message in cases:
         save_file(tensors, file)
         for model in (tiny(), add_lora(tiny())):
@@ -479,11 +495,21 @@ def test_a_bin_file_of_something_else_than_named_tensors_is_refused(content, tmp
 @pytest.mark.parametrize("changes, message", [
     ({"use_dora": True}, "use_dora True is not supported"),
     ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\] is not supported"),
-    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ({"bias": "lora_only"}, "bias 'lora_only' is not supported"),
+    ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices \[1, 2\] is not supported"),
+    ({"lora_bias": True}, "lora_bias True is not supported"), ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+    ({"rank_pattern": {"q_proj": 2}}, rf"{Q}.lora_A has shape \(8, 32\), not \(2, 32\) as rank 2 asks"),
+    ({"rank_pattern": {"q_proj": True}}, "rank_pattern is .*: it must give a whole number from 1 up for each pattern"),
+    ({"rank_pattern": [8]}, r"rank_pattern is \[8\]"),
+    ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern is .*nan.*: it must give a finite number"),
+    ({"alpha_pattern": {"(q": 3}}, r"alpha_pattern: '\(q' is no regular expression"),
     ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),  # its base isn't the stored one
     ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported: 'LORA' is"),
     ({"r": None}, "not a LoRA configuration of PEFT: r is None"),
-    ({"r": 0}, "r is 0"),
+    ({"r": 0}, "r is 0"), ({"r": True}, "r is True, not a whole number from 1 up"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan, not a finite number"), ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+    ({"lora_alpha": 0}, "lora_alpha is 0"),  # adapts nothing
+    ({"lora_dropout": 1}, "lora_dropout is 1, not a number from 0"), ({"use_rslora": "no"}, "use_rslora is 'no'"),
     ({"lora_alpha": "16"}, "lora_alpha is '16'"),
     ({"r": 4}, r"adapter_model.safetensors: tensor .*lora_A has shape \(8, 32\), not \(4, 32\) as rank 4 asks"),
 ])
@@ -492,7 +518,8 @@ def test_a_configuration_that_the_tensors_alone_do_not_tell_is_refused_by_name(c
     edit(tmp_path / "adapter_config.json", **changes)
     with pytest.raises(ValueError, match=message) as error:
         load_lora(tiny(), tmp_path)
-    assert str(error.value).startswith(str(tmp_path / "adapter_"))
+    assert str(error.value).startswith(str(tmp_path / "adapter_")) and "\n" not in str(error.value)
+    assert ("not supported" in str(error.value)) == ("merge it with PEFT first, PeftModel.from_pretrained" in str(error.value))
     for text, reason in (("[1]", "holds a list, not a JSON object"), ("{", "not JSON")):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=f"adapter_config.json: {reason}"):
@@ -507,7 +534,9 @@ def test_what_peft_stores_beside_lora_and_a_double_wrapping_are_refused_by_name(
         with pytest.raises(ValueError, match=f"{next(iter(settings))} .* is not supported"):
             load_lora(tiny(), tmp_path / "adapter")
         edit(tmp_path / "adapter" / "adapter_config.json", use_dora=False, modules_to_save=None)  # it lies
-        with pytest.raises(ValueError, match="unexpected tensor base_model.model.*(lora_magnitude_vector|lm_head)"):
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        save_file({name: tensor + ("lm_head" in name) for name, tensor in load_file(file).items()}, file)  # as if trained
+        with pytest.raises(ValueError, match="unexpected tensor .*(lora_magnitude_vector|lm_head).*merge it with PEFT first"):
             load_lora(tiny(), tmp_path / "adapter")
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=["q_proj"]))
     tensors = peft.get_peft_model_state_dict(theirs)
@@ -515,6 +544,123 @@ def test_what_peft_stores_beside_lora_and_a_double_wrapping_are_refused_by_name(
               tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="base_model.model.base_model.model.model.layers.0.* is wrapped twice"):
         load_lora(tiny(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("content", [{}, {"v_head.summary.weight": torch.ones(1, 32)},
+                                     {"base_model.model.score.weight": torch.ones(1)}])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin"])
+def test_a_file_that_adapts_nothing_is_no_adapter(name, content, tmp_path):
+    save_lora(adapted(), tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    if name == "pytorch_model.bin":
+        (tmp_path / "adapter_config.json").unlink()
+    (save_file if name.endswith("s") else torch.save)(content, tmp_path / name)
+    for model in (tiny(), add_lora(tiny())):
+        before = weights(model)
+        with pytest.raises(ValueError, match=f"{name}: holds no adapter"):
+            load_lora(model, tmp_path)
+        assert same(weights(model), before)
+
+
+def test_a_whole_model_is_no_adapter(tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "pytorch_model.bin")  # every tensor is the base's own
+    with pytest.raises(ValueError, match="pytorch_model.bin: holds no adapter"):
+        load_lora(tiny(), tmp_path)
+
+
+def test_a_fresh_adapter_which_changes_nothing_yet_is_one(tmp_path):
+    save_lora(add_lora(tiny()), tmp_path)
+    model = tiny()
+    load_lora(model, tmp_path)
+    assert torch.equal(model(IDS), tiny()(IDS))
+
+
+PATTERNS = {  # first match counts, keys are regular expressions for a name or its end
+    "ends": ({"down_proj": 2, "1.self_attn.q_proj": 6}, {"self_attn.q_proj": 3, "1.mlp.down_proj": 10}),
+    "whole names": ({f"^{Q}": 1}, {Q.replace(".0.", ".1."): 24.5}),
+    "expressions": ({r"model\.layers\.[1-9]\..*": 3, "q_proj": 5}, {".*q_proj": 2, r"layers\.0.*": 7}),
+    "no match": ({"proj": 2, "q": 3}, {"attn": 1}),
+}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_ranks_and_alphas_of_single_layers_are_pefts_loaded_and_saved_again(kind, use_rslora, tmp_path):
+    ranks, alphas = PATTERNS[kind]
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], use_rslora=use_rslora,
+                             rank_pattern=ranks, alpha_pattern=alphas, init_lora_weights=False)
+    theirs = peft.get_peft_model(in_transformers(tiny(), tmp_path / "base"), config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = tiny()
+    load_lora(model, tmp_path / "adapter")
+    found = {f"base_model.model.{name}": (layer.rank, layer.scaling) for name, layer in lora_layers(model).items()}
+    assert found == {name: (layer.r["default"], pytest.approx(layer.scaling["default"]))
+                     for name, layer in theirs.named_modules() if isinstance(layer, peft.tuners.lora.LoraLayer)}
+    assert len({size for size, _ in found.values()}) == (1 if kind == "no match" else len(ranks) + 1)
+    torch.testing.assert_close(model(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+    save_lora(model, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(in_transformers(tiny(), tmp_path / "base"), tmp_path / "again").eval()
+    torch.testing.assert_close(again(IDS).logits, theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+    load_lora(model, tmp_path / "again")  # into a model that has them, each rank in its place
+    torch.testing.assert_close(merge_lora(model)(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_that_are_scaled_in_two_ways_are_saved_as_one_adapter_of_peft(tmp_path):
+    model = adapted(rank=4, alpha=12)
+    for index, layer in enumerate(lora_layers(model).values()):
+        layer.set_scaling(3, use_rslora=index % 2 == 1)
+    save_lora(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(in_transformers(tiny(), tmp_path / "base"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_copy_of_the_output_layer_that_peft_stores_is_passed_over_where_it_is_the_bases(tied, tmp_path):
+    theirs = in_transformers(tiny(tie_word_embeddings=tied), tmp_path / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    theirs = peft.get_peft_model(theirs, config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    file, copy = tmp_path / "adapter" / "adapter_model.safetensors", "base_model.model.lm_head.base_layer.weight"
+    tensors = load_file(file)
+    model = tiny(tie_word_embeddings=tied)
+    assert copy in tensors and load_lora(model, tmp_path / "adapter") == {}
+    torch.testing.assert_close(model(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+    rounded = tiny(tie_word_embeddings=tied).to(torch.bfloat16)
+    load_lora(rounded, tmp_path / "adapter")  # the copy is float32
+    assert len(lora_layers(rounded)) == 3
+    for wrong in (tensors[copy] + 1, tensors[copy][1:].clone()):  # trained, or of a vocabulary that was resized
+        save_file(tensors | {copy: wrong}, file)
+        with pytest.raises(ValueError, match="adapter_model.safetensors: unexpected tensor lm_head.weight: .*merge it with PEFT"):
+            load_lora(tiny(tie_word_embeddings=tied), tmp_path / "adapter")
+
+
+def test_an_adapter_of_the_embedding_is_refused_with_the_way_out(tmp_path):
+    theirs = in_transformers(tiny(), tmp_path / "base")
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]))
+    theirs.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="unexpected tensor model.embed_tokens.lora_embedding_A.*merge it with PEFT first"):
+        load_lora(tiny(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]},
+                                      {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
+def test_the_way_out_that_a_refusal_names_gives_the_models_logits(settings, tmp_path):
+    torch.manual_seed(0)
+    in_transformers(tiny(), tmp_path / "base")
+    theirs = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"),
+                                 peft.LoraConfig(r=4, target_modules=["q_proj"], **settings)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    theirs.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"merge it with PEFT first, PeftModel.from_pretrained\(base, adapter\)"):
+        load_lora(tiny(), tmp_path / "adapter")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "way out")
+    merged = Llama.from_pretrained(tmp_path / "way out")
+    torch.testing.assert_close(merged(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(merged(IDS), tiny()(IDS), atol=1e-2)
 
 
 def test_a_failed_write_leaves_the_last_good_file(tmp_path, monkeypatch):

@@ -5,10 +5,13 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -161,6 +164,28 @@ def test_forward_runs_on_fake_devices_that_the_machine_lacks():
         assert ours(ids, mask, logits_to_keep=3).shape == (2, 3, 64)
         values = ValueModel(ours)(ids, mask)
         assert values.shape == (2, 5) and str(values.device) == "cuda:0"
+
+
+def test_one_thread_alone_makes_the_first_call_of_mkls_vector_functions():
+    """Of two that make it together one may get kernels of 4 digits (docs/reliability.md): no later test could see that."""
+    code = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Vectors(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket.__name__ in ("sin", "cos", "exp", "log", "sqrt", "tanh", "erf", "logsumexp"):
+            print(op.overloadpacket.__name__, args[0].numel())
+        return op(*args, **(kwargs or {}))
+
+with Vectors():
+    import model
+    config = model.LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model.Llama(config)(torch.ones(2, 3, dtype=torch.long))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["sin 1", "sin 12"]  # 12 angles: 3 positions of 4 pairs
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling

@@ -159,6 +159,15 @@ def test_whitened_advantages_have_zero_mean_and_unit_deviation_over_real_tokens(
     torch.testing.assert_close(ppo.whiten(x, mask), torch.tensor([[-2.0, 0.0], [2.0, 0.0]]) / deviation)
 
 
+@pytest.mark.parametrize("spread", [0.0, 2e-5])
+def test_rewards_that_do_not_deviate_keep_their_scale(spread):
+    """Answers of one token that all earn 1 (less a penalty that hardly differs): scaled by 1 / std they would be 10,000."""
+    x = torch.tensor([[1.0 + spread], [1.0], [1.0 - spread]])
+    torch.testing.assert_close(ppo.whiten(x, torch.ones(3, 1, dtype=torch.bool), shift_mean=False), x)
+    one = torch.tensor([[0.0, 1.0]])  # but where the score stands on one of several tokens, it deviates: std 0.5
+    torch.testing.assert_close(ppo.whiten(one, torch.ones(1, 2, dtype=torch.bool), shift_mean=False), 2 * one)
+
+
 def test_whitened_rewards_are_scaled_never_shifted():
     x, mask = torch.tensor([[0.0, 0.0, 3.0]]), torch.tensor([[True, True, True]])
     scaled = ppo.whiten(x, mask, shift_mean=False)

@@ -74,7 +74,8 @@ def test_every_file_that_a_text_names_exists(text):
     for link in re.findall(r"\]\(([^)#:]+)\)", TEXTS[text]):
         assert (folder / link).exists(), link
     in_a_run = {"config.json", "curves.png", "evaluation.json", "annotations.json", "outputs/reference_outputs.json",
-                "judgements.jsonl", "factscore.jsonl", "debug-step-0007.pt", "rules.py", "params.json", "peer_step.py"}
+                "judgements.jsonl", "factscore.jsonl", "debug-step-0007.pt", "trainer/origin.json", "reward_config.json",
+                "rules.py", "params.json", "peer_step.py"}
     for name in set(re.findall(r"`((?:[a-z_0-9-]+/)*[a-z_0-9-]+\.(?:py|txt|md|json|jsonl|png))`", TEXTS[text])) - in_a_run:
         assert any((where / name).exists() for where in (ROOT, folder, folder / "results", ROOT / "tiny")), name
 

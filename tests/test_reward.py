@@ -1,5 +1,6 @@
 """What reward.py promises: scores are read where the text ends, groups equal pairs, checkpoints keep scores."""
 
+import io
 import json
 import math
 import random
@@ -15,7 +16,7 @@ from lora import add_lora, merge_lora
 from model import Llama, LlamaConfig
 from reward import (Group, RewardModel, TrainingConfig, accuracy, group_preferences, pairwise_loss, same_ids, standardise,
                     train_reward)
-from training.models import is_rule, load_rule
+from training.rewards import is_rule, load_rule
 
 EOS = 2
 
@@ -111,16 +112,56 @@ class Letters:
     def decode(self, ids):
         return "".join(self.letters[i] for i in ids if i > 2)
 
+    def pieces(self, ids):
+        return [self.letters[i] for i in ids]
+
 
 def test_token_ids_are_scored_as_they_are_only_where_they_mean_the_same(model):
     ids, mask = torch.tensor([[0, 1, 3, 4, EOS], [1, 3, 3, 5, 0]]), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     assert same_ids(Letters("abc"), Letters("abcd")) and not same_ids(Letters("abc"), Letters("cba"))
     assert torch.equal(reward.scorer(model)(ids, mask, 2), model(ids, mask))
 
+
+def test_where_they_mean_something_else_both_texts_are_spelt_anew(model):
+    ids, mask = torch.tensor([[0, 1, 3, 4, EOS], [1, 3, 3, 5, 0]]), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     model.mean.fill_(0.5), model.std.fill_(2.0)
-    score = reward.retokenising_scorer(model, Letters("abc"), Letters("cba"))
+
+    def respell(prompt, response):
+        assert (prompt, response) in [([1, 3], [4, EOS]), ([1, 3, 3], [5])]
+        return [{3: 5, 5: 3}.get(i, i) for i in prompt + response]
+
     respelled = torch.tensor([[0, 1, 5, 4, EOS], [1, 5, 5, 3, 0]])
-    torch.testing.assert_close(score(ids, mask, 2), model(respelled, mask))
+    torch.testing.assert_close(reward.retokenising_scorer(model, respell, 0)(ids, mask, 2), model(respelled, mask))
+
+
+def test_the_score_is_read_where_the_model_was_trained_to_be_read():
+    """At its own EOS, whichever token the policy ended with, or at the last word; a prompt's special tokens stay as they are."""
+    ids, mask = torch.tensor([[9, 7, 8, 5], [9, 7, 8, EOS], [9, 7, 8, 6], [9, 7, 9, 0]]), torch.ones(4, 4)
+    mask[3, 3] = 0
+    model = echo()
+    assert reward.scorer(model, stop_ids=(EOS, 9), eos_token_id=EOS)(ids, mask, 2).tolist() == [5, EOS, 6, EOS]
+    model.ends_with_eos = False
+    assert reward.scorer(model, stop_ids=(EOS, 9), eos_token_id=EOS)(ids, mask, 2).tolist() == [5, 8, 6, 7]
+
+
+def test_a_stored_model_says_what_it_was_trained_to_read(model, tmp_path):
+    def about():
+        read = RewardModel.from_pretrained(tmp_path)
+        return read.ends_with_eos, read.prompt_template
+
+    model.save_pretrained(tmp_path)
+    assert about() == (True, None)
+    model.ends_with_eos, model.prompt_template = False, "alpaca"
+    model.save_pretrained(tmp_path)
+    assert about() == (False, "alpaca")
+    stored = json.loads((tmp_path / "reward_config.json").read_text())
+    (tmp_path / "reward_config.json").write_text(json.dumps({"mean": stored["mean"], "std": stored["std"]}))
+    assert about() == (True, None)  # as ours wrote it before it said so
+    (tmp_path / "reward_config.json").unlink()
+    assert about() == (None, None)  # anybody's sequence classifier
+    (tmp_path / "reward_config.json").write_text(json.dumps(stored | {"eos": "yes"}))
+    with pytest.raises(ValueError, match="reward_config.json: eos is 'yes': must be true or false"):
+        about()
 
 
 def test_a_rule_reads_prompt_and_response_as_texts(tmp_path):
@@ -257,6 +298,62 @@ def test_training_is_repeatable_and_lora_trains_adapter_and_head_only():
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
+def test_the_loop_is_adamw_whose_rate_rises_in_a_line_and_falls_as_half_a_cosine():
+    """Bit for bit what torch's own scheduler makes of the same batches."""
+    groups, config = random_groups(4, [2, 3, 2, 4, 2]), TrainingConfig(3, 2, 1e-2, warmup=0.3, weight_decay=0.01, seed=5)
+    model, other = RewardModel(tiny_llama()), RewardModel(tiny_llama())
+    other.load_state_dict(model.state_dict())
+    train_reward(model, groups, config, progress=False)
+
+    parameters, draw = list(other.parameters()), torch.Generator().manual_seed(5)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: reward.warmup_cosine(step, 9, 3))
+    for _ in range(3):
+        for batch in reward.length_batches([max(map(len, group.sequences)) for group in groups], 2, draw):
+            reward._accumulate(other, [groups[i] for i in batch], 2, 0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step(), optimizer.zero_grad(set_to_none=True), schedule.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+@pytest.mark.parametrize("left", range(1, 7))
+def test_a_loop_left_after_any_step_goes_on_in_another_process(left):
+    """Through a file that holds no code; dropout is on."""
+    groups, config, states = random_groups(4, [2, 3, 2, 4, 2]), TrainingConfig(2, 2, 1e-2), {}
+
+    def build() -> RewardModel:
+        model = RewardModel(add_lora(tiny_llama(), dropout=0.5))
+        model.backbone.requires_grad_(True)
+        return model
+
+    def keep(loop: reward.Loop) -> None:
+        states[loop.step] = io.BytesIO()
+        torch.save([loop.state_dict(), whole.state_dict()], states[loop.step])
+
+    whole = build()
+    history = train_reward(whole, groups, config, held_out=groups, progress=False, on_step=keep)
+    states[left].seek(0)
+    state, weights = torch.load(states[left], weights_only=True)
+    again = build()
+    again.load_state_dict(weights)
+    assert sorted(states) == list(range(7)) and history == train_reward(
+        again, groups, config, held_out=groups, progress=False, on_step=lambda loop: loop.step or loop.load_state_dict(state))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_a_weight(model):
+    groups, before = random_groups(4, [2, 2]), [p.detach().clone() for p in model.parameters()]
+    model.score.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(FloatingPointError, match="step 1: grad_norm is .*; stopped before the optimiser step"):
+        train_reward(model, groups, TrainingConfig(1, 2, 1e-2), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    with torch.no_grad():
+        model.score.weight.fill_(torch.nan)
+    for measure in (accuracy, lambda *a: standardise(model, [[5, 6], [7, 8]])):
+        with pytest.raises(FloatingPointError, match="scores are NaN or infinite"):
+            measure(model, groups)
+
+
 def test_nothing_to_train_on_is_named(model):
     with pytest.raises(ValueError, match="no labelled pairs"):
         train_reward(model, [Group([[1], [2]], [])], progress=False)
@@ -337,6 +434,7 @@ def test_alpacafarms_layout_keeps_its_bias_and_needs_no_sizes_in_its_config(tmp_
     config = {"model_type": "reward_model", "backbone_model_name_or_path": "sft10k"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = RewardModel.from_pretrained(tmp_path)
+    assert model.ends_with_eos is False and model.prompt_template == "alpaca"  # as AlpacaFarm trained it
     expected = F.linear(backbone.hidden(IDS[2:]), weight, bias)[:, -1, 0]
     torch.testing.assert_close(model(IDS[2:], MASK[2:]), expected, atol=1e-5, rtol=1e-5)
 

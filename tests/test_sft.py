@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import sft
 from lora import add_lora, load_lora, merge_lora
 from model import Llama, LlamaConfig, generate
-from reward import TrainingConfig
-from sft import collate, length_batches, response_loss, train_sft, validation_loss, warmup_cosine
+from reward import TrainingConfig, length_batches, warmup_cosine
+from sft import collate, response_loss, train_sft, validation_loss
 
 EOS = 2
 PAIRS = [([1, 5, 6], [7, 8, EOS]), ([1, 9], [10, EOS]), ([1, 11, 12, 13], [14, 15, 16, 17, EOS])]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_tasks, write_tokenizer
+from safetensors.torch import load_file, save_file
 from runs import STEPS, assert_same_run, configured, records, settings, start, state_of, timeless, to_flags, weights
 
 import evaluate
@@ -23,7 +24,8 @@ from model import Llama
 from training.checkpoint import load_weights
 from training.config import FIELDS, stored_config
 from training.folder import append_line, checkpoints, cut_after
-from training.models import build_models, resolve_devices
+from training.devices import resolve_devices
+from training.models import build_models
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_evaluations_stand_before_and_after(finished):
 def test_the_run_says_where_things_are_what_it_checked_and_what_came_of_it(finished):
     printed = (finished.parent / "printed").read_text()
     assert "policy, value → cpu; reference, reward → cpu" in printed and "two models instead of four" in printed
-    assert "reward: scores the policy's token ids as they are" in printed
+    assert "reward: reads the policy's token ids as they are (one tokenizer, one template), and is read at the EOS" in printed
     assert "self-check over" in printed and "ratio 1 ±" in printed
     assert "3 steps × 8 responses = 24 of 60 instructions" in printed and "4 optimiser steps of 4" in printed
     assert all(f"step {n:4d}  reward" in printed for n in range(1, STEPS + 1))
@@ -265,7 +267,7 @@ def test_shared_frozen_weights_give_exactly_the_results_of_four_models(world, tm
     monkeypatch.setattr(train, "build_models", lambda *a: built.append(build_models(*a)) or built[-1])
     start(settings(world, tmp_path / "four", rollout_micro_batch_size=8, reference_device="cpu:0"))
     [models] = built
-    assert not models.shared and models.value.backbone is not models.reward_model.backbone
+    assert not models.shared and models.value.backbone is not models.rewards.model.backbone
     assert_same_run(tmp_path / "four", tmp_path / "shared")
 
 
@@ -302,7 +304,7 @@ def test_reference_and_reward_have_a_dtype_of_their_own(world, tmp_path, dtype, 
     assert f"{dtype}, reference and reward {its}" in printed and "two models instead of four" not in printed
     models = build_models(stored_config({"out": str(tmp_path / "run")}), load_tokenizer(world / "sft"))
     assert {p.dtype for name, p in models.policy.named_parameters() if "lora" not in name} == {getattr(torch, dtype)}
-    frozen = [*models.reference.parameters(), *models.reward_model.backbone.parameters()]
+    frozen = [*models.reference.parameters(), *models.rewards.model.backbone.parameters()]
     assert {p.dtype for p in frozen} == {getattr(torch, its)}
 
 
@@ -331,7 +333,7 @@ def test_recomputing_activations_changes_nothing(world, finished, tmp_path):
 
 def test_on_one_device_only_adapters_and_value_head_are_trained_and_frozen_weights_stand_once(world, tmp_path):
     models = build_models(configured(world, tmp_path), load_tokenizer(world / "sft"))
-    assert models.shared and models.value.backbone is models.reward_model.backbone
+    assert models.shared and models.value.backbone is models.rewards.model.backbone
     layers, targets, hidden = 2, 4, 16
     trained = {name for m in (models.policy, models.value) for name, p in m.named_parameters() if p.requires_grad}
     assert all(name.endswith(("lora_A", "lora_B")) or name.startswith("head.") for name in trained)
@@ -511,7 +513,7 @@ def rule(tmp_path) -> str:
 
 def test_a_plain_python_function_is_a_reward(world, rule, tmp_path):
     printed = start(settings(world, tmp_path / "run", reward=rule))
-    assert f"reward: the rule {rule}, on decoded texts" in printed and "value: starts from the policy's weights" in printed
+    assert f"reward: the rule {rule}, on texts" in printed and "value: starts from the policy's weights" in printed
     samples = records(tmp_path / "run" / "samples.jsonl")
     assert all(s["score"] == pytest.approx(len(s["response"].split()) / 10, abs=1e-4) for s in samples)
     evaluation = records(tmp_path / "run" / "evaluations.jsonl")[0]
@@ -536,7 +538,48 @@ def test_a_reward_model_with_another_tokenizer_judges_the_text_and_lends_the_val
     write_tokenizer(make_tasks(300, seed=5), tmp_path / "new" / "tokenizer.model")
     shutil.copy(tmp_path / "new" / "tokenizer.model", other)
     printed = start(settings(world, tmp_path / "run", reward=str(other), evaluation=None))
-    assert "reward: decodes and tokenises anew" in printed and "value: starts from the policy's weights" in printed
+    assert "reward: reads instruction and answer as texts, with a tokenizer of its own (template tiny)" in printed
+    assert "value: starts from the policy's weights" in printed
+
+
+@pytest.mark.parametrize("what", ["data", "evaluation", "policy", "reward"])
+def test_a_run_is_not_resumed_over_other_data_or_models(world, tmp_path, monkeypatch, capsys, what):
+    shutil.copytree(world, tmp_path / "world")
+    start(settings(tmp_path / "world", tmp_path / "run", steps=1))
+    path = Path({"data": "data/ppo.json", "evaluation": "data/evaluation.json"}.get(what, "sft" if what == "policy" else what))
+    file = tmp_path / "world" / path / ("" if path.suffix else "model.safetensors")
+    if path.suffix:
+        tasks = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(tasks, indent=3), encoding="utf-8")  # spelt otherwise, it is the same data
+        assert call(monkeypatch, capsys, ["--resume", "--out", str(tmp_path / "run"), "--steps", "2"])[0] == 0
+        tasks[0]["instruction"] += " Now."
+        file.write_text(json.dumps(tasks), encoding="utf-8")
+    else:
+        tensors = load_file(file)
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
+        save_file(tensors, file, {"format": "pt"})
+    before = contents(tmp_path / "run")
+    code, error = call(monkeypatch, capsys, ["--resume", "--out", str(tmp_path / "run"), "--steps", "3"])
+    assert code == 2 and error.count("\n") == 1
+    assert error.startswith(f"train.py: --{what} {tmp_path / 'world' / path} is not what ")
+    assert contents(tmp_path / "run") == before
+
+
+def test_what_is_longer_than_the_models_window_is_said_by_run_and_plan(world, tmp_path, monkeypatch, capsys):
+    flags = to_flags(settings(world, tmp_path / "run", steps=1, query_length=508, evaluation=None))
+    warning = f"warning: --policy {world / 'sft'}, --query-length + --response-length: 516 tokens are more than its 512 positions"
+    for more in (["--plan"], []):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *more])
+        assert train.main() == 0
+        assert warning in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_that_lacks_a_character_ends_nothing(world, tmp_path, encoding):
+    flags = to_flags(settings(world, tmp_path / "run", steps=1, evaluation=None))
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], capture_output=True,
+                          env=os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and b"placement: policy, value ? cpu" in done.stdout
 
 
 # --- placement -----------------------------------------------------------------------------------------------------
@@ -592,8 +635,8 @@ def test_help_names_every_field_with_its_default_and_unit():
     ({"data": "none.json"}, "none.json: the list holds no records"),
     ({"data": "mute.json"}, "mute.json: record 1: field 'instruction' is missing"),
     ({"evaluation": "nowhere.json"}, "nowhere.json: no such data file"),
-    ({"step_batch_size": 3}, "rollout_batch_size 8 is not a multiple of step_batch_size 3"),
-    ({"micro_batch_size": 3}, "step_batch_size 4 is not a multiple of micro_batch_size 3"),
+    ({"step_batch_size": 3}, "--rollout-batch-size 8 is not a multiple of --step-batch-size 3"),
+    ({"micro_batch_size": 3}, "--step-batch-size 4 is not a multiple of --micro-batch-size 3"),
     ({"policy_device": "cuda:7"}, "device cuda:7 is not there"),
     ({"reference_device": "tpu"}, "device tpu is not there"),
     ({"reward": None}, "--reward is missing"),
@@ -601,21 +644,28 @@ def test_help_names_every_field_with_its_default_and_unit():
     ({"policy": "nowhere"}, "nowhere: no such tokenizer"),
     ({"reward": "nowhere"}, "nowhere"),
     ({"prompt_template": "other"}, "template 'other'"),
-    ({"query_length": 3}, "max_tokens = 3: all 60 prompts are longer"),
-    ({"steps": 0}, "steps is 0"),
-    ({"lora_rank": 0}, "lora_rank is 0"),
-    ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
-    ({"temperature": 0.0}, "temperature is 0.0"),
+    ({"query_length": 3}, "--query-length 3: all 60 prompts are longer"),
+    ({"steps": 0}, "--steps is 0"),
+    ({"lora_rank": 0}, "--lora-rank is 0"),
+    ({"lora_dropout": 1.0}, "--lora-dropout is 1.0"),
+    ({"temperature": 0.0}, "--temperature is 0.0"),
     ({"adapter": "nowhere"}, "nowhere: no adapter_config.json"),
     ({"adapter": "x", "tuning": "full"}, "python lora.py merge"),
     ({"lora_targets": "q_proj,gate"}, "'gate'"),
     ({"reward": "nowhere.py:f"}, "nowhere.py: no such file"),
+    ({"reward": "rules.py"}, "--reward rules.py: a rule is named file.py:function; it has score"),
+    ({"reward": "broken.py:score"}, "broken.py can't be run: ModuleNotFoundError: No module named 'nope'"),
+    ({"reward_eos": "no"}, "reward says that it was trained with EOS: leave the flag away"),
+    ({"data": "half.json"}, "half.json: record 0: field 'instruction' holds half a character, '\\ud83d' at position 5"),
 ])
 def test_bad_input_is_exit_code_2_and_one_line_and_no_file(world, tmp_path, monkeypatch, capsys, changes, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.json").write_text("")
     (tmp_path / "none.json").write_text("[]")
     (tmp_path / "mute.json").write_text(json.dumps([{"instruction": "Say x."}, {"input": "y"}]))
+    (tmp_path / "half.json").write_text(json.dumps([{"instruction": "Face \ud83d"}]))  # half an emoji
+    (tmp_path / "rules.py").write_text("def score(prompts, responses):\n    return [0.0] * len(responses)\n")
+    (tmp_path / "broken.py").write_text("import nope\n")
     before = sorted(tmp_path.rglob("*"))
     code, error = call(monkeypatch, capsys, to_flags(settings(world, tmp_path / "run", **changes)))
     assert code == 2

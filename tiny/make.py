@@ -34,7 +34,7 @@ from data import TEMPLATES, encode_pair, format_prompt  # noqa: E402
 from evaluation.measure import measure_facts, sample_responses  # noqa: E402
 from evaluation.statistics import mean_and_error, win_rate  # noqa: E402
 from formats.tokenizer import load_tokenizer  # noqa: E402
-from formats.write import write_json  # noqa: E402
+from formats.write import any_console, write_json  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 from reward import Group, RewardModel, TrainingConfig  # noqa: E402
 from sft import train_sft  # noqa: E402
@@ -170,6 +170,7 @@ def build_reward(tokenizer, groups: list[Group], held_out: list[Group], sft: Pat
     """Stage 2: the reward model from the SFT weights, standardised on SFT samples, stored in bf16."""
     torch.manual_seed(seed)
     model = RewardModel(load_sft(sft))
+    model.prompt_template = "tiny"
     history = reward_module.train_reward(model, groups, replace(REWARD, seed=seed), held_out=held_out,
                                          pad_token_id=tokenizer.pad_token_id)
     samples = [ids for group in held_out for ids in group.sequences[:2]]
@@ -277,6 +278,7 @@ def build(out: Path, seed: int) -> dict:
 
 
 def main() -> None:
+    any_console()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where data, checkpoints and report go")
     parser.add_argument("--seed", type=int, default=0)

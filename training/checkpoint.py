@@ -6,7 +6,7 @@ the optimiser, the position in the data, beta and every random state. Departs fr
 before the step that it is named by, and no random state.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data import Prompts, PromptStream
-from formats.write import write_atomically
+from formats.write import write_atomically, write_json
 from lora import load_lora, save_lora
 from model import Llama
 from training.config import RunConfig
-from training.folder import checkpoints, flush, newest_whole, prune, require_whole, save_whole, sweep
-from training.models import Models, is_rule
+from training.folder import flush, prune, require_whole, save_whole
+from training.models import Models
+from training.origin import ORIGIN, check_origin
+from training.rewards import is_rule
 
 LINES = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
 
@@ -35,6 +37,28 @@ class State:
     shuffling: torch.Generator  # on the CPU
     beta: float
     step: int = 0
+    # Digests of the data and of what training leaves as it is (origin.py), and how many instructions were used and dropped.
+    origin: dict[str, str | int] = field(default_factory=dict)
+
+    def position(self, device: str) -> dict[str, Any]:
+        """Where the run stands between two steps, with every random state; device: the policy's."""
+        kind = torch.device(device).type
+        random = {"torch": torch.get_rng_state(), "sampling": self.sampling.get_state(), "shuffling": self.shuffling.get_state()}
+        if kind != "cpu":  # dropout draws there
+            random[kind] = torch.mps.get_rng_state() if kind == "mps" else torch.cuda.get_rng_state(device)
+        return {"step": self.step, "beta": self.beta, "stream": self.stream.state_dict(), "random": random}
+
+    def go_to(self, position: dict[str, Any], device: str) -> None:
+        """Back to such a place."""
+        self.step, self.beta, random = position["step"], position["beta"], position["random"]
+        self.stream.load_state_dict(position["stream"])
+        torch.set_rng_state(random["torch"])
+        self.sampling.set_state(random["sampling"])
+        self.shuffling.set_state(random["shuffling"])
+        if "mps" in random:
+            torch.mps.set_rng_state(random["mps"])
+        elif "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], device)
 
 
 def save_checkpoint(out: Path, run: RunConfig, models: Models, state: State) -> Path:
@@ -52,6 +76,7 @@ def save_checkpoint(out: Path, run: RunConfig, models: Models, state: State) -> 
         head = {name: tensor.detach().cpu() for name, tensor in models.value.head.state_dict().items()}
         write_atomically(part / "value" / "value_head.safetensors", lambda file: save_file(head, file))
         write_state(part / "trainer" / "state.pt", models, state)
+        write_json(part / "trainer" / ORIGIN, state.origin)
 
     for name in LINES:
         if (out / name).is_file():
@@ -62,35 +87,14 @@ def save_checkpoint(out: Path, run: RunConfig, models: Models, state: State) -> 
 
 
 def write_state(file: Path, models: Models, state: State) -> None:
-    """Optimiser, position in the data, beta and every random state."""
-    kind = torch.device(models.policy_device).type
-    random_states = {"torch": torch.get_rng_state(), "sampling": state.sampling.get_state(),
-                     "shuffling": state.shuffling.get_state()}
-    if kind != "cpu":  # dropout draws there
-        random_states[kind] = torch.mps.get_rng_state() if kind == "mps" else torch.cuda.get_rng_state(models.policy_device)
+    """Position and optimiser."""
     try:
-        torch.save({"step": state.step, "beta": state.beta, "stream": state.stream.state_dict(), "random": random_states,
-                    "optimizer": state.optimizer.state_dict()}, file)
+        torch.save(state.position(models.policy_device) | {"optimizer": state.optimizer.state_dict()}, file)
     except RuntimeError as error:  # torch's kind for a full disk
         raise OSError(f"{file}: cannot be written ({str(error).splitlines()[0]})") from error
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
-
-
-def check_run_folder(out: Path, resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None to begin at the beginning; an error when the folder holds another run's results."""
-    if resume:
-        sweep(out)
-        newest = newest_whole(out)
-        if newest is None and checkpoints(out):
-            raise ValueError(f"--resume: no checkpoint in {out} is whole: delete the folder to start anew")
-        if newest is None:
-            print(f"{out} holds no checkpoint yet: the run begins again")
-        return newest
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} already holds files: --resume goes on with that run, another --out starts a new one")
-    return None
 
 
 def read_state(file: Path) -> dict[str, Any]:
@@ -111,8 +115,9 @@ def read_state(file: Path) -> dict[str, Any]:
 
 
 def load_weights(run: RunConfig, models: Models, folder: Path) -> None:
-    """Policy and value of a checkpoint into models that were built with the same configuration."""
+    """Policy and value of a checkpoint into models that were built with the same configuration, from the same files."""
     require_whole(folder)
+    check_origin(folder, models.origin(), vars(run))
     if run.tuning == "lora":
         load_lora(models.policy, folder / "policy")
         load_lora(models.value, folder / "value")
@@ -125,42 +130,32 @@ def load_weights(run: RunConfig, models: Models, folder: Path) -> None:
 def load_checkpoint(run: RunConfig, models: Models, state: State, folder: Path) -> None:
     """Everything save_checkpoint wrote, back in place."""
     stored = read_state(folder / "trainer" / "state.pt")
-    random_states, here = stored["random"], torch.device(models.policy_device).type
-    kind = next((kind for kind in ("cuda", "mps") if kind in random_states), "cpu")
+    here = torch.device(models.policy_device).type
+    kind = next((kind for kind in ("cuda", "mps") if kind in stored["random"]), "cpu")
     if kind != here:
         raise ValueError(f"--resume: {folder} was written on {kind} and its random states mean nothing on {here}: go on with "
                          f"--policy-device {kind}, or start a new run from its policy, --adapter {folder / 'policy'}")
     load_weights(run, models, folder)
     state.optimizer.load_state_dict(stored["optimizer"])
-    state.stream.load_state_dict(stored["stream"])
-    state.step, state.beta = stored["step"], stored["beta"]
-    torch.set_rng_state(random_states["torch"])
-    state.sampling.set_state(random_states["sampling"])
-    state.shuffling.set_state(random_states["shuffling"])
-    if kind == "mps":
-        torch.mps.set_rng_state(random_states["mps"])
-    elif kind == "cuda":
-        torch.cuda.set_rng_state(random_states["cuda"], models.policy_device)
+    state.go_to(stored, models.policy_device)
 
 
 # ------------------------------------------------------------------------------------------------ when a run ends early
 
 
-def save_bundle(out: Path, step: int, error: FloatingPointError) -> str:
-    """The rollout that led to NaN or infinity, for whoever looks for the cause; returns the words that say where it is."""
+def save_bundle(out: Path, step: int, error: Exception, sampled: list[tuple[torch.Tensor, ...]]) -> str:
+    """The rollout that led to NaN or that a rule failed on (of which there are only the samples), for whoever looks for the
+    cause; returns the words that say where it is."""
     rollout = getattr(error, "rollout", None)
-    if rollout is None:
+    if rollout is None and not sampled:
         return ""
     file = out / f"debug-step-{step:04d}.pt"
-    tensors = {f.name: getattr(rollout, f.name).detach().cpu() for f in fields(rollout)}
+    names = ("prompts", "prompt_mask", "responses")
+    tensors: dict[str, Any] = {name: [chunk[i].cpu() for chunk in sampled] for i, name in enumerate(names)}
+    if rollout is not None:
+        tensors = {f.name: getattr(rollout, f.name).detach().cpu() for f in fields(rollout)}
     try:
         write_atomically(file, lambda part: torch.save({"step": step, "error": str(error)} | tensors, part))
     except (OSError, RuntimeError) as trouble:
         return f"; the batch could not be saved ({str(trouble).splitlines()[0]})"
     return f"; the batch is in {file}"
-
-
-def checkpoints_line(out: Path) -> str:
-    """What there is to go on from."""
-    newest = newest_whole(out)
-    return f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"

@@ -10,12 +10,14 @@ overrides some of them.
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
 
+from data import read_text
 from divergences import ESTIMATORS, get_estimator
 from ppo import PPOConfig, check_bounds
 
@@ -42,6 +44,8 @@ class RunConfig:
     estimator: str = setting("bregman", "objective", "", "the penalty of Table 1: " + ", ".join(ESTIMATORS) + " (or k1 k2 k3)")
     policy: str | None = setting(None, "data and models", "", "SFT model: folder, .gguf or hub name; None: the miniature world's")
     reward: str | None = setting(None, "data and models", "", "reward model folder, or file.py:function for a rule")
+    reward_eos: str | None = setting(None, "data and models", "", "whether the reward model was trained on sequences that end in "
+                                     "EOS, where its folder doesn't say (ours do)", ("yes", "no"))
     data: str | None = setting(None, "data and models", "", "instructions, AlpacaFarm JSON or JSON lines")
     evaluation: str | None = setting(None, "data and models", "", "evaluation instructions, for the before/after table")
     adapter: str | None = setting(None, "data and models", "", "trained adapter that the policy starts from and is compared to: "
@@ -51,7 +55,8 @@ class RunConfig:
     prompt_template: str = setting("alpaca", "data and models", "", "alpaca, tiny, chat (the tokenizer's own) or a JSON file")
     query_length: int = setting(192, "data and models", "tokens", "longer prompts are dropped", low=1)
     out: str | None = setting(None, "run", "", "run folder; None: runs/<estimator>-s<seed>")
-    seed: int = setting(0, "run", "", "decides initialisation, sampling, dropout and the order of the data")
+    seed: int = setting(0, "run", "", "decides initialisation, sampling, dropout and the order of the data", low=0,
+                        high=2**63 - 1)
     steps: int = setting(100, "run", "PPO steps", "how many to take", low=1)
     save_every: int = setting(20, "run", "PPO steps", "between checkpoints; the last step is always saved", low=1)
     keep: int = setting(0, "run", "checkpoints", "the newest that are kept; 0: all", low=0)
@@ -64,7 +69,7 @@ class RunConfig:
     reference_dtype: str = setting("same", "placement", "", "of reference and reward (the released code: float32); same: dtype",
                                    ("same", "float32", "bfloat16", "float16"))
     tuning: str = setting("lora", "tuned weights", "", "lora, or full fine-tuning of policy and value", ("lora", "full"))
-    lora_rank: int = setting(8, "tuned weights", "", "rank k of B A (Eq. 1)", low=1)
+    lora_rank: int = setting(8, "tuned weights", "", "rank k of B A (Eq. 1)", low=1, high=2**16)
     lora_alpha: float = setting(64.0, "tuned weights", "", "the update is scaled by alpha / rank", above=0)
     lora_targets: str = setting("q_proj,k_proj,v_proj,o_proj", "tuned weights", "", "adapted layers, by commas (MLP: gate_proj, "
                                 "up_proj, down_proj)")
@@ -148,12 +153,22 @@ def help_text(f: Field) -> str:
 
 def build_config(given: Mapping[str, Any]) -> RunConfig:
     """Defaults, overridden by the miniature world's preset when no policy is named, overridden by the flags given."""
-    run = RunConfig.from_dict(given if "policy" in given else TINY_PRESET | given)
+    try:
+        run = RunConfig.from_dict(given if "policy" in given else TINY_PRESET | given)
+    except ValueError as error:
+        raise ValueError(in_flags(str(error))) from None
     for name in ("reward", "data"):
         if getattr(run, name) is None:
             raise ValueError(f"--{name} is missing: --policy names your own model, so name your own {name} too")
     run.out = run.out or f"runs/{run.estimator}-s{run.seed}"
     return run
+
+
+def in_flags(message: str) -> str:
+    """A message about fields, with the names that were typed: lr_steps becomes --lr-steps, and steps at its head --steps."""
+    flags = {f.name: "--" + f.name.replace("_", "-") for f in FIELDS}
+    head, _, rest = message.partition(" ")
+    return flags.get(head, head) + " " + re.sub(r"(?<![\w-])[a-z]+(_[a-z]+)+(?!\w)", lambda m: flags.get(m[0], m[0]), rest)
 
 
 # ---------------------------------------------------------------------------------------------------------- config.json
@@ -175,15 +190,15 @@ def stored_config(given: Mapping[str, Any]) -> RunConfig:
 def read_config(file: Path) -> dict[str, Any]:
     """The fields in config.json, each there and of its type. Raises FileNotFoundError, or ValueError naming file and field."""
     if not file.is_file():
-        raise FileNotFoundError(f"--resume: {file} not found: there is no run in {file.parent} to go on with")
+        raise FileNotFoundError(f"there is no run in {file.parent}: it holds no config.json")
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(read_text(file))
         if not isinstance(stored, dict):
             raise ValueError(f"holds a {type(stored).__name__}, not an object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: is no configuration of a run ({error})") from None
     # What runs did before there were such fields.
-    stored = {"lr_steps": stored.get("steps"), "reference_dtype": "same", "evaluation_length": None} | stored
+    stored = {"lr_steps": stored.get("steps"), "reference_dtype": "same", "evaluation_length": None, "reward_eos": None} | stored
     for f in FIELDS:
         if f.name not in stored:
             raise ValueError(f"{file}: lacks {f.name}: written by another version of train.py")

@@ -11,24 +11,25 @@ off, the value model is the reward model's backbone with an adapter. That is exa
 """
 
 import copy
-import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from formats.read import local_copy
-from formats.tokenizer import check_vocabulary, describe_tokenizer, load_tokenizer
-from lora import (add_lora, load_lora, lora_cast, lora_disabled, lora_layers, lora_snapshot, lora_weights, merge_lora,
-                  unmerge_lora)
+from formats.tokenizer import check_vocabulary, describe_tokenizer, window_warning
+from lora import (add_lora, load_lora, lora_cast, lora_disabled, lora_layers, lora_snapshot, lora_state_dict, lora_weights,
+                  merge_lora, unmerge_lora)
 from model import Llama, ValueModel, generate
 from ppo import Actors, PPOConfig
-from reward import Reward, RewardModel, retokenising_scorer, rule_scorer, same_ids, scorer
+from reward import RewardModel
 from training.config import RunConfig
+from training.devices import resolve_devices
+from training.origin import file_digest, frozen_weights, weights_digest
+from training.rewards import Asked, LoadedReward, Record, load_reward
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Models:
     policy: Llama
     value: ValueModel
     reference: Llama                  # the policy itself where frozen weights are shared
-    reward_model: RewardModel | None  # None: a rule
-    score: Reward | None              # how that model or rule scores the policy's token ids; None: without a reward
+    rewards: LoadedReward | None      # a model or a rule; None: without a reward
+    asked: Asked                      # which instructions are being answered, for rewards that read texts
     tokenizer: Any
     policy_device: str
     reference_device: str
@@ -47,6 +48,8 @@ class Models:
     shared_critic: bool               # the value model's backbone is the reward model's
     start: dict[str, Tensor]          # the adapter that a shared policy started from, which its reference keeps on
     notes: list[str]                  # what building them showed, for the program to print
+    sampled: list[tuple[Tensor, ...]] = field(default_factory=list)  # prompts, mask, responses since `actors`: for whoever looks
+                                                                     # into a reward that failed on them
 
     def policy_logits(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
         """Of the last `keep` positions: (B, keep, V)."""
@@ -59,8 +62,17 @@ class Models:
 
     def reward(self, input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
         """Scores (B,) of sequences whose last n positions are the response's."""
-        with lora_disabled(self.value.backbone) if self.shared_critic else nullcontext():
-            return self.score(input_ids, attention_mask, n)
+        with self.reward_as_stored():
+            return self.rewards.score(input_ids, attention_mask, n)
+
+    def score_texts(self, records: Sequence[Record], answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
+        """The same reward for answers as texts, of which some came to an end and some were cut off."""
+        with self.reward_as_stored():
+            return self.rewards.score_texts(records, answers, ended)
+
+    def reward_as_stored(self) -> AbstractContextManager:
+        """Inside, the reward model is without the value model's adapter."""
+        return lora_disabled(self.value.backbone) if self.shared_critic else nullcontext()
 
     def as_it_started(self) -> AbstractContextManager:
         """Inside, a shared policy is its own reference: without its adapter, or with the one that it started from."""
@@ -70,15 +82,29 @@ class Models:
 
     def actors(self, config: PPOConfig, generator: torch.Generator | None = None) -> Actors:
         """As ppo.collect and ppo.update call them; generator (on the policy's device) draws the samples, None: torch's own."""
-        ends = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+        ends = {"eos_token_id": self.tokenizer.stop_ids, "pad_token_id": self.tokenizer.pad_token_id}
+        self.sampled.clear()
 
         def sample(prompts: Tensor, prompt_mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             with folded(self.policy):
-                return generate(self.policy, prompts, prompt_mask, config.response_length, temperature=config.temperature,
-                                generator=generator, return_logprobs=exact_sampler(self.policy), **ends)
+                answers = generate(self.policy, prompts, prompt_mask, config.response_length, temperature=config.temperature,
+                                   generator=generator, return_logprobs=exact_sampler(self.policy), **ends)
+            self.sampled.append((prompts, prompt_mask, answers[0] if isinstance(answers, tuple) else answers))
+            return answers
 
         return Actors(self.policy_logits, self.value, self.reference_logits, self.reward, sample, **ends,
                       policy_device=self.policy_device, reference_device=self.reference_device)
+
+    def origin(self) -> dict[str, str]:
+        """Digests of all that training leaves as it is."""
+        found = {"policy": weights_digest(frozen_weights(self.reference))}
+        if start := self.start or (lora_state_dict(self.reference) if lora_layers(self.reference) and not self.shared else {}):
+            found["adapter"] = weights_digest(start.items())
+        if self.rewards and self.rewards.file:
+            found["rule"] = file_digest(self.rewards.file)
+        elif self.rewards and self.rewards.model:
+            found["reward"] = weights_digest([*frozen_weights(self.rewards.model), *self.rewards.model.named_buffers()])
+        return found
 
     def trained(self) -> list[torch.nn.Parameter]:
         """Every parameter that the optimiser moves."""
@@ -110,45 +136,7 @@ def exact_sampler(policy: Llama) -> bool:
     return policy.lm_head.weight.dtype == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------------------ placement
-
-
-def available_devices() -> list[str]:
-    """What there is, the best first."""
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
-
-
-def is_there(name: str) -> bool:
-    """cpu:0 is the CPU by a second name: to torch another device, on which all four models are built as on two GPUs."""
-    return full_name(name) in (*available_devices(), "cpu:0")
-
-
-def require_device(flag: str, name: str | None) -> None:
-    """A device that was asked for and isn't there is an error: only a default falls back."""
-    if name is not None and not is_there(name):
-        raise ValueError(f"{flag} {name} is not there: choose from {', '.join(available_devices())}")
-
-
-def resolve_devices(policy_device: str | None, reference_device: str | None) -> tuple[str, str, str]:
-    """(policy's device, reference's device, a line that says what happened); a name that isn't there falls to what there is."""
-    best = available_devices()[0]
-    asked = [full_name(name or best) for name in (policy_device, reference_device)]
-    policy, reference = (name if is_there(name) else best for name in asked)
-    missing = [name for name in asked if not is_there(name)]
-    note = f" ({' and '.join(missing)} not there)" if missing else ""
-    return policy, reference, f"placement: policy, value → {policy}; reference, reward → {reference}{note}"
-
-
-def same_kernels(first: str, second: str) -> bool:
-    """Whether equal inputs give equal numbers on both: two names of one device, or two GPUs of one model."""
-    a, b = torch.device(first), torch.device(second)
-    return a.type == b.type and (a.type != "cuda" or torch.cuda.get_device_name(a) == torch.cuda.get_device_name(b))
-
-
-def full_name(device: str) -> str:
-    """torch's "cuda" is the first of them."""
-    return "cuda:0" if device == "cuda" else device
+# ---------------------------------------------------------------------------------------------------------------- dtypes
 
 
 def choose_dtype(run: RunConfig, device: str) -> torch.dtype:
@@ -182,15 +170,18 @@ def build_models(run: RunConfig, tokenizer: Any) -> Models:
     if not shared:
         reference = Llama.from_pretrained(run.policy, dtype=frozen_dtype, device=reference_device, progress=True)
         reference.requires_grad_(False)
-    reward_model, score, its_ids = load_reward(run, tokenizer, frozen_dtype, reference_device, notes)
+    asked = Asked(tokenizer, run.prompt_template)
+    rewards = load_reward(run, tokenizer, asked, frozen_dtype, reference_device, notes) if run.reward else None
+    its_ids = rewards is not None and rewards.its_ids
     if not its_ids:
         notes.append("value: starts from the policy's weights, as there is no reward model with the policy's tokenizer")
         backbone = second_model(policy, own_weights=run.tuning == "full")
     elif shared:
-        backbone = reward_model.backbone
+        backbone = rewards.model.backbone
     else:
         backbone = RewardModel.from_pretrained(run.reward, dtype=dtype, device=policy_device).backbone
     value = ValueModel(backbone)
+    notes += window_warnings(run, policy.config, rewards.model.backbone.config if rewards and rewards.model else None)
 
     start = {}
     if run.adapter and not shared:
@@ -204,10 +195,18 @@ def build_models(run: RunConfig, tokenizer: Any) -> Models:
         backbone.requires_grad_(True)  # its output layer is the embedding, tied, and so trains with it
     reference.eval()
     policy.gradient_checkpointing = backbone.gradient_checkpointing = run.gradient_checkpointing
-    models = Models(policy, value, reference, reward_model, score, tokenizer, policy_device, reference_device, shared,
+    models = Models(policy, value, reference, rewards, asked, tokenizer, policy_device, reference_device, shared,
                     shared and its_ids, start, notes)
     models.mode(training=False)
     return models
+
+
+def window_warnings(run: RunConfig, policy: Any, reward: Any) -> list[str]:
+    """Lines about the longest texts that the run can come to, beside the models' configurations; reward None: none is known."""
+    tokens = run.query_length + max(run.ppo.response_length, run.evaluation_length or 0)
+    flags = "--query-length + --response-length"
+    return [line for name, config in ((f"--policy {run.policy}", policy), (f"--reward {run.reward}", reward)) if config
+            for line in window_warning(tokens, config.max_position_embeddings, f"{name}, {flags}")]
 
 
 def load_policy(run: RunConfig, tokenizer: Any, dtype: torch.dtype, device: str, notes: list[str]) -> Llama:
@@ -235,9 +234,11 @@ def adapt_policy(run: RunConfig, policy: Llama, notes: list[str]) -> dict[str, T
         add_lora(policy, run.lora_rank, run.lora_alpha, run.lora_dropout, run.targets)
         return {}
     start = start_from(run, policy)
-    first, *others = lora_layers(policy).values()
-    notes.append(f"policy: starts from the adapter {run.adapter} (rank {first.rank}, alpha {first.alpha:g}, {1 + len(others)} "
-                 "layers); its reference keeps that adapter")
+    layers = lora_layers(policy).values()
+    ranks, alphas = (" and ".join(sorted({f"{value:g}" for value in values})) for values in zip(
+        *((layer.rank, layer.alpha) for layer in layers), strict=True))
+    notes.append(f"policy: starts from the adapter {run.adapter} (rank {ranks}, alpha {alphas}, {len(layers)} layers); its "
+                 "reference keeps that adapter")
     return start
 
 
@@ -252,41 +253,3 @@ def start_from(run: RunConfig, model: Llama) -> dict[str, Tensor]:
 def second_model(model: Llama, own_weights: bool) -> Llama:
     """Another model on the same weights, for adapters of its own, or with a copy of them, for full fine-tuning."""
     return copy.deepcopy(model, {} if own_weights else {id(p): p for p in model.parameters()})
-
-
-# -------------------------------------------------------------------------------------------------------------- rewards
-
-
-def load_reward(run: RunConfig, tokenizer: Any, dtype: torch.dtype, device: str, notes: list[str]
-                ) -> tuple[RewardModel | None, Reward | None, bool]:
-    """(reward model, how to score with it, whether it reads the policy's token ids); a rule has no model and reads text."""
-    if run.reward is None:  # an adapter that is evaluated names none
-        return None, None, False
-    if is_rule(run.reward):
-        notes.append(f"reward: the rule {run.reward}, on decoded texts")
-        return None, rule_scorer(load_rule(run.reward), tokenizer), False
-    model = RewardModel.from_pretrained(run.reward, dtype=dtype, device=device).requires_grad_(False)
-    its_own = load_tokenizer(run.reward).for_template(run.prompt_template)
-    check_vocabulary(its_own, model.backbone.config.vocab_size, f"--reward {run.reward}")
-    if same_ids(tokenizer, its_own):
-        notes.append("reward: scores the policy's token ids as they are (one tokenizer)")
-        return model, scorer(model), True
-    notes.append("reward: decodes and tokenises anew, since its tokenizer is not the policy's")
-    return model, retokenising_scorer(model, tokenizer, its_own), False
-
-
-def is_rule(name: str) -> bool:
-    """Whether the name is `file.py:function`, and not a folder."""
-    return ".py:" in name
-
-
-def load_rule(name: str) -> Callable[[list[str], list[str]], list[float]]:
-    """The function that `path/to/file.py:function` names; the file is run. Raises ValueError where there is none."""
-    file, _, function = name.rpartition(":")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such file; a rule is named file.py:function")
-    space = runpy.run_path(file)
-    if not callable(space.get(function)):
-        there = [key for key, value in space.items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"{name}: {file} has no function {function!r}; it has {', '.join(there) or 'none'}")
-    return space[function]

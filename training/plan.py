@@ -19,10 +19,12 @@ from dataclasses import replace
 from typing import Any
 
 from formats.read import local_copy, open_checkpoint
-from model import LlamaConfig
+from lora import load_lora
+from model import LlamaConfig, without_memory
 from reward import open_backbone
 from training.config import RunConfig
-from training.models import choose_dtype, is_rule, reference_dtype
+from training.models import check_targets, choose_dtype, reference_dtype, window_warnings
+from training.rewards import is_rule, require_model_name
 
 GIB = 2**30
 PROGRAM = 0.35 * GIB  # resident after the imports of train.py, Linux
@@ -32,12 +34,21 @@ GAPS = 0.55  # of everything that comes and goes, glibc
 def plan_of(run: RunConfig) -> str:
     """The table for the devices that the run names, for one GPU and for two, and what each knob would save."""
     policy, _ = open_checkpoint(run.policy, LlamaConfig.from_dict)
-    critic = policy if is_rule(run.reward) else open_backbone(local_copy(run.reward))[0].config
+    reward = None
+    if not is_rule(run.reward):
+        require_model_name(run.reward, "--reward")
+        reward = open_backbone(local_copy(run.reward))[0].config
+    critic = reward or policy
+    if run.tuning == "lora":
+        check_targets(without_memory(policy), run.targets)
+    if run.adapter:  # what the run would refuse is refused here
+        load_lora(without_memory(policy), local_copy(run.adapter), part="policy")
 
     def fullest(run: RunConfig) -> float:
         return max(sum(items.values()) for items in plan(run, policy, critic).values())
 
-    lines = [table(plan(run, policy, critic)), advice(fullest(run), {flag: fullest(r) for flag, r in knobs(run).items()})]
+    lines = [*window_warnings(run, policy, reward), table(plan(run, policy, critic)),
+             advice(fullest(run), {flag: fullest(r) for flag, r in knobs(run).items()})]
     for names in (("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")):
         if names != (run.policy_device, run.reference_device):
             there = plan(replace(run, policy_device=names[0], reference_device=names[1]), policy, critic)
@@ -80,7 +91,8 @@ def plan(run: RunConfig, policy: Any, critic: Any) -> dict[str, dict[str, float]
         adapter_parameters(policy, targets, rank) + adapter_parameters(critic, targets, rank)
 
     rows, D = config.rollout_micro_batch_size, policy.hidden_size
-    folded = 0 if full or size != 4 else policy.num_hidden_layers * sum(4 * i * o for i, o in adapted(policy, targets))
+    head = [(policy.hidden_size, policy.vocab_size)] * ("lm_head" in targets)
+    folded = 0 if full or size != 4 else 4 * sum(i * o for i, o in adapted(policy, targets) * policy.num_hidden_layers + head)
     sampling = {
         "adapted weights, folded": folded,
         "keys and values": 2 * policy.num_hidden_layers * sizes(policy)[4] * rows * (P + T) * size,
@@ -133,16 +145,17 @@ def sizes(model) -> tuple[int, int, int, int, int]:
 
 
 def adapted(model, targets: Collection[str]) -> list[tuple[int, int]]:
-    """(inputs, outputs) of every adapted layer of one block."""
+    """(inputs, outputs) of every adapted layer of one block; lm_head stands in none."""
     D, F, _, queries, keys = sizes(model)
     shapes = {"q_proj": (D, queries), "k_proj": (D, keys), "v_proj": (D, keys), "o_proj": (queries, D),
               "gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D)}
-    return [shapes[name] for name in targets]
+    return [shapes[name] for name in targets if name in shapes]
 
 
 def adapter_parameters(model, targets: Collection[str], rank: int) -> int:
     """Numbers in A and B of a whole model."""
-    return model.num_hidden_layers * sum(rank * (inputs + outputs) for inputs, outputs in adapted(model, targets))
+    layers = model.num_hidden_layers * sum(rank * (inputs + outputs) for inputs, outputs in adapted(model, targets))
+    return layers + rank * (model.hidden_size + model.vocab_size) * ("lm_head" in targets)
 
 
 def activations(model, targets: Collection[str], rank: int, size: int, cpu: bool, dropout: bool, full: bool) -> int:

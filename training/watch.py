@@ -11,12 +11,13 @@ A sign is a reason to look, not a proof: the run goes on. What can't go on (NaN)
 
 import math
 from collections.abc import Callable, Iterable
+from statistics import median
 from typing import NamedTuple
 
 OVER_OPTIMISED = 0.4  # √KL beyond which reward and quality part (section 4, Figure 3 right)
 CLIPPED = 0.5         # share of tokens
 LONGER = 3.0          # times the first step's length, or a third of it
-VALUE_LOSS = 10.0     # times the least so far
+VALUE_LOSS = 10.0     # times the least so far of the median of three steps: one odd batch moves no median
 ERRORS = 4.0          # standard errors by which KL may lie below zero
 
 Metrics = dict[str, float]
@@ -27,12 +28,14 @@ class Past(NamedTuple):
 
     steps: int
     first_length: float
+    value_losses: tuple[float, ...]  # the last two
     least_value_loss: float
     highest_score: float
 
     def after(self, m: Metrics) -> "Past":
-        return Past(self.steps + 1, self.first_length, min(self.least_value_loss, m["value_loss"]),
-                    max(self.highest_score, m["score_mean"]))
+        three = (*self.value_losses, m["value_loss"])
+        least = min(self.least_value_loss, median(three)) if len(three) == 3 else self.least_value_loss
+        return Past(self.steps + 1, self.first_length, three[-2:], least, max(self.highest_score, m["score_mean"]))
 
 
 def negative_kl(m: Metrics, past: Past) -> str | None:
@@ -109,7 +112,7 @@ class Watch:
 
     def __call__(self, metrics: Metrics) -> list[str]:
         """The signs that this step shows for the first time."""
-        past = self.past or Past(0, metrics["length"], metrics["value_loss"], metrics["score_mean"])
+        past = self.past or Past(0, metrics["length"], (), math.inf, metrics["score_mean"])
         lines = []
         for sign in SIGNS:
             if sign.__name__ not in self.shown and (line := sign(metrics, past)):

@@ -47,14 +47,18 @@ def test_refusals_are_told_from_answers(text, expected):
 @pytest.mark.parametrize(("answer", "facts"), [
     ("- Ada was born in 1815.\n- Ada was English.", ["Ada was born in 1815.", "Ada was English."]),
     ("Here they are:\n1. One.\n2) Two.\n* Three.\n• Four.", ["One.", "Two.", "Three.", "Four."]),
-    ("- Same.\n- Same.", ["Same."]), ("None", []), ("none.", []), ("I see many facts here!", None), ("", None)])
+    ("- Same.\n- Same.", ["Same."]), ("None", []), ("none.", []), ("I see many facts here!", None), ("", None),
+    ("- none", []), ('If the text states no facts, I write "none".', None), (None, None),
+    ("<think>\n- One.\n</think>\n- Two.", ["Two."]), ("<think>\n- One.", None), ("- One.\n</think>\nnone", [])])
 def test_lists_of_facts_are_read_or_said_to_be_none(answer, facts):
     assert read_facts(answer) == facts
 
 
 @pytest.mark.parametrize(("answer", "truth"), [
     ("True", True), ("FALSE.", False), ("The answer is true", True), ("True or False?", None), ("Unsupported", None), ("", None),
-    ("untrue", None)])
+    ("untrue", None), ("It is not true.", None), ("It isn't quite true", None), ("Is it true? I can't say whether.", True),
+    ("I can't say whether it is true.", None), (None, None), ('Answer with one word, "True" or "False".', None),
+    ("<think>True?</think> False", False), ("<think>True", None), ("It is true.</think>False", False)])
 def test_truth_is_read_or_left_out(answer, truth):
     assert read_truth(answer) is truth
 
@@ -112,6 +116,15 @@ def test_facts_are_counted_from_split_to_support():
              "This is hard. Ada was English.", "garbled"]
     counts = count_facts(["Ada"] * 4, texts, {"Ada": ["Ada Lovelace, born in 1815, was English."]}, answers)
     assert counts == [FactCount(2, 3), FactCount(0, 0, abstained=True), FactCount(1, 1, unread=1), FactCount(0, 0, unread=1)]
+
+
+def test_a_list_or_a_check_without_a_whole_answer_is_counted_as_unread():
+    def cut(prompts, desc):
+        return [None if "statement" in p and "French" in p or "cut off" in p else a
+                for p, a in zip(prompts, answers(prompts, desc), strict=True)]
+
+    counts = count_facts(["Ada"] * 2, ["Ada was French. Ada was English.", "This is cut off."], {"Ada": ["p"]}, cut)
+    assert counts == [FactCount(1, 1, unread=1), FactCount(0, 0, unread=1)]
 
 
 def test_a_topic_without_passages_is_named_before_anything_is_asked():

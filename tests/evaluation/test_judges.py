@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import threading
 import time
@@ -10,11 +9,9 @@ from collections import Counter
 
 import pytest
 
+from evaluation.endpoint import Answer, Endpoint
 from evaluation.judges import (
     PROMPT,
-    Answer,
-    Endpoint,
-    EndpointError,
     LLMJudge,
     ScoreJudge,
     Verdict,
@@ -106,6 +103,8 @@ def test_annotations_of_other_tools_are_read(tmp_path, text, expected):
 @pytest.mark.parametrize(("text", "message"), [
     ("[{", "neither a JSON list nor JSON lines"), ('[{"choice": 1}]', 'record 1: has no field "preference"'),
     ('[{"preference": 1}, {"preference": "A"}]', "record 2: preference 'A' must be a number from 1 to 2"), ("[3]", "record 1"),
+    *((f'[{{"preference": 1}}, {{"preference": {value}}}]', "record 2: preference") for value in (
+        "Infinity", "-Infinity", "true", "false", "3", "0.5", "-1", '"7"', "[1]", "1" + "0" * 400)),
 ])
 def test_annotations_that_are_none_are_named(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
@@ -191,9 +190,75 @@ def test_a_damaged_record_is_named(tmp_path):
     ("Verdict: 1? No, on reflection:\nVerdict: 2", 2), ("2", 2), (" Answer 1. ", 1), ("tie", 1.5), ("**1**", 1),
     ("", None), ("Both are fine.", None), ("Verdict: 3", None), ("Verdict: 12", None),
     ("Answer 1 is better than answer 2.", None),
+    ("Verdict: 1, because answer 2 is shorter", 1), ("Verdict: 2 gives more detail", 2), ("Verdict: **2**.", 2),
+    ("Verdict: Answer 2", 2),
+    ("__Verdict__: __2__", 2),
+    ("Verdict: 1. Answer 2 is shorter.", 1), ("Verdict: 1 (answer 1)", 1), ("Verdict: 1 is much better", 1), ("Verdict:\n1", 1),
+    ("## Verdict\n\n**2**\n", 2), ('{"verdict": 2, "confidence": 0.9}', 2), ("Verdict: tie, both are good", 1.5),
+    ("Verdict: 2 (95% sure)", 2), ("Verdict: 1.0", 1), ("Verdict is 2", 2), ("Verdict: 1 The first is right.", 1),
+    ("Verdict: 1\nThis verdict is close, but answer 2 errs.", 1), ("Verdict: 1\nVerdict: 2", None),
+    ("Verdict: 1\n\nVerdict: 2", 2), ("Verdict: 1\nVerdict: 2\nVerdict: tie\n\nVerdict: 2", 2),
 ])
 def test_a_verdict_is_read_or_left_out(text, preference):
     assert read_verdict(text) == preference
+
+
+@pytest.mark.parametrize("text", [
+    "Verdict: 1 or 2", "Verdict: 1/2", "Verdict: 1 and 2", "Verdict: 1, 2", "Verdict: 1 - 2", "Verdict: 1 = 2",
+    "Verdict: 2 or tie", "Verdict: 1 vs 2", "Verdict: 1 vs. 2", "Verdict: tie or 1", "Verdict: 1|2|tie", "Verdict: 1 2",
+    "Verdict: (1, 2)", "1 or 2", "Verdict: answer 1 or answer 2", "Verdict: Answer 1/Answer 2", 'Verdict: "1", "2", or "tie"',
+    "Verdict: 1 or\n2",
+    "Verdict: 1.5", "Verdict: 1,5", "Verdict: 1/10", "1.5", "1/2", "Verdict: 1½", "Verdict: 1, 1 or 2"])
+def test_several_choices_or_a_fraction_are_no_verdict(text):
+    assert read_verdict(text) is None
+
+
+@pytest.mark.parametrize("text", ["Verdict: neither", "Verdict:", "Verdict: not 1", "Verdict: 1 is wrong", "Verdict: 1 if brief",
+                                  "Verdict: unclear. 1", "Verdict: both 1 and 2", "Verdict - neither"])
+def test_a_last_statement_that_is_no_choice_gives_no_way_to_an_earlier_one(text):
+    assert read_verdict(text) is None and read_verdict(f"Verdict: 2\n\nBut then:\n{text}") is None
+
+
+ECHO = PROMPT.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", [
+    ECHO, 'I will close with one line: "Verdict: 1", "Verdict: 2", or "Verdict: tie".', ECHO.replace(", or ", ",\nor "),
+    ECHO.replace(", ", ",\n"), "Verdict: 1\nVerdict: 2\nVerdict: tie", "- Verdict: 1\n- Verdict: 2\n- Verdict: tie",
+    "1. Verdict: 1\n2. Verdict: 2\n3. Verdict: tie", "Verdict: 1\n\nVerdict: 2\n\nVerdict: tie", "Verdict: 1\nor\nVerdict: 2",
+    "Verdict: 1 (the first is better)\nVerdict: 2 (the second is better)\nVerdict: tie (they are equal)",
+    "Verdict: 1, Verdict: 2", "Possible verdicts: 1, 2, tie"])
+def test_a_list_of_the_choices_is_an_echo_and_no_vote(text):
+    assert read_verdict(text) is None
+    assert read_verdict(f"{text}\nThe second is fuller.\nVerdict: 2") == 2  # a real one, stated behind it
+
+
+@pytest.mark.parametrize(("text", "preference"), [
+    ("<think>Verdict: 1, or is it?</think>\nVerdict: 2", 2), ("<thinking>\n1\n</thinking> 2", 2),
+    ("The first is Verdict: 1. Wait.</think>Verdict: 2", 2), ("<Reasoning>a</Reasoning>Verdict: tie", 1.5),
+    ("<think>Verdict: 1", None), ("Verdict: 1\n<think>But", None), ("<think>Verdict: 1</think>", None),
+    ("Verdict: 1</think>", None), ("<think>a</think>b</think> Verdict: 1 <think>c</think>", 1)])
+def test_what_a_judge_thinks_is_not_what_it_says(text, preference):
+    assert read_verdict(text) == preference
+
+
+def test_what_was_stored_is_read_as_carefully_as_what_comes(tmp_path):
+    """A file of an older version holds votes that its reader saw in echoes; nothing is asked again."""
+    class Echo:
+        identity: list = []
+        calls = retries_made = tokens_in = tokens_out = 0
+
+        def ask(self, prompt):
+            return Answer(ECHO)
+
+    file, pool = tmp_path / "log.jsonl", {"llm": LLMJudge(Echo())}
+    compare(TASKS, GOOD, BAD, pool, file=file)
+    stored = file.read_text().replace('"preference": null', '"preference": 1.5')
+    assert stored.count("1.5") == 40
+    file.write_text(stored.replace(json.dumps(ECHO), '"Verdict: 1"', 20))
+    Echo.ask = None
+    preferences = [r["preference"] for r in compare(TASKS, GOOD, BAD, pool, file=file)]
+    assert preferences == [1.0 + shown_swapped(task, 0) for task in TASKS[:20]] + [None] * 20
 
 
 def test_the_prompt_shows_everything_and_an_answer_cannot_fill_a_slot():
@@ -205,9 +270,17 @@ def test_the_prompt_shows_everything_and_an_answer_cannot_fill_a_slot():
             return Answer("Verdict: 1", 7, 3)
 
     verdict = LLMJudge(Echo(), "{instruction}|{output_1}|{output_2}|{mark}")
-    assert verdict({"instruction": "Do {output_2}"}, "first {instruction}", "second") == (1.0, "Verdict: 1", 7, 3)
+    assert verdict({"instruction": "Do {output_2}"}, "first {instruction}", "second") == Verdict(1.0, "Verdict: 1", 7, 3)
     instruction, first, second, mark = seen[0].split("|")
     assert (instruction, first, second) == ("Do {output_2}", "first {instruction}", "second") and len(mark) == 8
+
+
+def test_an_answer_that_is_not_whole_is_no_vote_of_the_judge():
+    class Cut:
+        def ask(self, prompt):
+            return Answer("Verdict: 1", cut="length")
+
+    assert LLMJudge(Cut())({"instruction": "x"}, "a", "b") == Verdict(None, "Verdict: 1", cut="length")
 
 
 def test_a_prompt_without_a_slot_is_refused():
@@ -215,146 +288,11 @@ def test_a_prompt_without_a_slot_is_refused():
         LLMJudge(None, "{instruction} {output_1}")
 
 
-# --- a server that misbehaves ------------------------------------------------------------------------------------------
-
-
-def endpoint(server, **settings) -> Endpoint:
-    return Endpoint(server.url, "judge-1", **({"wait": 0.01, "timeout": 0.5, "retries": 4} | settings))
-
-
-def test_a_request_is_the_openai_protocols(serve):
-    server = serve()
-    answer = endpoint(server, key="sk-secret", temperature=0.5, max_tokens=9).ask("Which one?")
-    assert answer == ("The first. Verdict: 1", 11, 4)
-    [(_, path, body)] = server.seen
-    assert path == "/v1/chat/completions" and server.headers[0]["authorization"] == "Bearer sk-secret"
-    assert body["messages"] == [{"role": "user", "content": "Which one?"}]
-    assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge-1", 0.5, 9)
-
-
-def test_without_a_key_the_users_hugging_face_token_goes_nowhere(serve, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_private")
-    server = serve()
-    endpoint(server).ask("x")
-    assert "hf_private" not in str(server.headers)
-
-
-@pytest.mark.parametrize("trouble", [429, 500, 503, "slow", "malformed", "no choices", "truncated", "reset", "wait"])
-def test_a_server_in_trouble_is_asked_again(serve, trouble):
-    server = serve(trouble)
-    asked = endpoint(server)
-    assert asked.ask("x").text.endswith("Verdict: 1")
-    assert [what for what, *_ in server.seen] == [trouble, "ok"]
-    assert (asked.calls, asked.retries_made, asked.tokens_in, asked.tokens_out) == (2, 1, 11, 4)
-
-
-def test_retry_after_is_obeyed(serve):
-    server, start = serve("wait"), time.monotonic()
-    endpoint(server).ask("x")
-    assert time.monotonic() - start >= 0.3
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
-def test_a_request_that_is_wrong_is_not_repeated_and_the_message_hides_the_key(serve, status):
-    server = serve(status, status)
-    with pytest.raises(EndpointError) as caught:
-        endpoint(server, key="sk-secret").ask("x")
-    assert len(server.seen) == 1
-    message = str(caught.value)
-    assert f"HTTP {status}: " in message and f"trouble {status}" in message and server.url in message
-    assert "sk-secret" not in message and "\n" not in message
-
-
-def test_a_server_that_stays_down_ends_in_one_line(serve):
-    server = serve(*[500] * 9)
-    with pytest.raises(EndpointError, match="no answer after 3 attempts: HTTP 500"):
-        endpoint(server, retries=2).ask("x")
-    assert len(server.seen) == 3
-
-
-def test_nobody_listening_ends_in_one_line():
-    with pytest.raises(EndpointError, match="no answer after 2 attempts"):
-        Endpoint("http://127.0.0.1:9/v1", "m", wait=0.01, retries=1).ask("x")
-
-
-@pytest.mark.parametrize(("url", "message"), [
-    ("127.0.0.1:8000", "must be an address"), ("ftp://host/v1", "must be an address"), ("http://", "must be an address"),
-    ("http://[::1", "must be an address"), ("http://me:secret@host/v1", "keys belong into the environment")])
-def test_an_address_that_is_none_is_refused_without_showing_a_password(url, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        Endpoint(url, "m")
-    assert "secret" not in str(caught.value)
-
-
-def judged(server, file=None, parallel=4, **settings):
-    asked = endpoint(server, **settings)
-    pool = {"llm": LLMJudge(asked)}
-    return compare(TASKS, GOOD, BAD, pool, file=file, parallel=parallel), asked
-
-
-def good_wins(body) -> str:
-    """What an honest LLM would say to the prompt."""
-    prompt = body["messages"][0]["content"]
-    first = re.search(r"answer 1.\ngood", prompt) is not None
-    return f"Verdict: {1 if first else 2}"
-
-
-def test_every_kind_of_trouble_at_once_changes_no_judgement(serve):
-    script = ["slow", 429, "malformed", 500, "truncated", "reset", "wait", "no choices", 503] * 3
-    random.Random(0).shuffle(script)
-    server = serve(*script, answer=good_wins)
-    records, asked = judged(server, retries=12)
-    assert [r["preference"] for r in records] == [2.0] * 40
-    assert asked.calls == 40 + len(script) and asked.retries_made == len(script) and server.most <= 4
-
-
-def test_an_interrupted_evaluation_pays_for_nothing_twice(serve, tmp_path):
-    server, file = serve(*["ok"] * 15, 401, answer=good_wins), tmp_path / "judgements.jsonl"
-    with pytest.raises(EndpointError, match="HTTP 401"):
-        judged(server, file)
-    paid = len(file.read_text().splitlines())
-    assert 15 <= paid < 40  # those under way when the 401 came are kept too
-    records, _ = judged(server, file)
-    good = [json.dumps(body) for what, _, body in server.seen if what == "ok"]
-    assert len(good) == len(set(good)) == 40 and [r["preference"] for r in records] == [2.0] * 40
-
-
-def test_answers_that_cannot_be_read_are_left_out_counted_and_not_asked_again(serve, tmp_path):
-    def hesitates(body):
-        return "I like both." if "Question 1" in body["messages"][0]["content"] else good_wins(body)
-
-    server, file = serve(answer=hesitates), tmp_path / "judgements.jsonl"
-    records, _ = judged(server, file)
-    left_out = [r["preference"] is None for r in records]
-    assert sum(left_out) == 11 and "11 with an unreadable judgement" in summary(records)  # 1 and 10 to 19
-    judged(server, file)
-    assert len(server.seen) == 40
-
-
-def test_an_answer_without_text_is_unreadable_and_not_an_error(serve):
-    records, _ = judged(serve(*["empty"] * 40))
-    assert all(r["preference"] is None and r["answer"] == "" for r in records)
-
-
-def test_another_prompt_or_model_is_another_judge(serve, tmp_path):
-    server, file = serve(answer=good_wins), tmp_path / "judgements.jsonl"
-    cold, warm = endpoint(server), endpoint(server, temperature=1)
-    for judge in (LLMJudge(cold), LLMJudge(cold, PROMPT + " "), LLMJudge(warm)):
-        compare(TASKS[:3], GOOD[:3], BAD[:3], {"llm": judge}, file=file)
-    assert len(server.seen) == 9
-
-
-def test_no_key_reaches_any_file(serve, tmp_path):
-    judged(serve(), tmp_path / "judgements.jsonl", key="sk-secret")
-    assert "sk-secret" not in (tmp_path / "judgements.jsonl").read_text()
-    assert "sk-secret" not in repr(Endpoint("http://127.0.0.1:9/v1", "m", key="sk-secret"))
-
-
 # --- pools -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_pool_file_names_models_prompts_and_temperatures(serve, tmp_path):
-    server, file = serve(answer=good_wins), tmp_path / "pool.json"
+    server, file = serve(), tmp_path / "pool.json"
     prompt = "{instruction}\nanswer 1.\n{output_1}\nanswer 2.\n{output_2}"
     file.write_text(json.dumps([{"model": "big"}, {"model": "big", "name": "strict", "prompt": prompt, "temperature": 1.0}]))
     pool = load_pool(file, lambda model, **settings: Endpoint(server.url, model, **settings))

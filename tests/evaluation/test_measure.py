@@ -17,6 +17,7 @@ from formats.tokenizer import load_tokenizer
 from model import Llama, LlamaConfig
 from ppo import Actors
 from training.config import RunConfig
+from training.rewards import LoadedReward
 from training.models import build_models
 
 V, EOS, PAD = 12, 2, 0
@@ -137,7 +138,7 @@ def test_rewards_come_in_the_order_of_the_responses():
 
 
 def sample(policy, temperature, **changes):
-    tokenizer = SimpleNamespace(eos_token_id=EOS, pad_token_id=changes.pop("pad_token_id", PAD))
+    tokenizer = SimpleNamespace(eos_token_id=EOS, stop_ids=(EOS,), pad_token_id=changes.pop("pad_token_id", PAD))
     return sample_responses(policy, tokenizer, PROMPTS, **({"max_new_tokens": 6, "temperature": temperature} | changes))
 
 
@@ -179,7 +180,7 @@ def test_a_benchmark_without_judges_has_no_win_rate_and_the_miniature_worlds_has
     run = RunConfig.from_dict({"policy": str(world / "sft"), "reward": str(world / "reward"), "response_length": 4,
                                "rollout_batch_size": 128, "policy_device": "cpu", "reference_device": "cpu"})
     models = build_models(run, tokenizer)
-    models.score = lambda ids, mask, n: mask.sum(1).float()
+    models.rewards = LoadedReward(lambda ids, mask, n: mask.sum(1).float(), None)
 
     def measured(file):
         benchmark = load_benchmark(file, tokenizer, "tiny", 192)

@@ -197,20 +197,40 @@ DAMAGE = {  # what happens to the folders base and adapter: what the line says
     "no base": (lambda b, a: shutil.rmtree(b), "base: not a Hugging Face folder: no config.json"),
     "no config": (lambda b, a: (b / "config.json").unlink(), "base: not a Hugging Face folder: no config.json"),
     "bad config": (lambda b, a: (b / "config.json").write_text("{"), "base/config.json: "),
-    "quantised": (lambda b, a: edit(b / "config.json", quantization_config={"bits": 4}), "config.json: quantization"),
+    "quantised": (lambda b, a: edit(b / "config.json", quantization_config={"bits": 4}),
+                  "config.json: quantization_config: the model is quantised: name the unquantised one"),
+    "quantised, compressed-tensors": (lambda b, a: edit(b / "config.json", compression_config={"format": "x"}),
+                                      "config.json: compression_config: the model is quantised"),
+    "quantised, no word in config.json": (lambda b, a: rewrite(b / "model.safetensors", **{
+        W: torch.ones(32, 32).to(torch.float8_e4m3fn), f"{W}_scale": torch.ones(1)}),
+        f"base/model.safetensors: tensor {W}_scale: the model is quantised"),
+    "quantised before damaged": (lambda b, a: (edit(b / "config.json", quantization_config={"bits": 4}),
+                                               (b / "model.safetensors").unlink()), "config.json: quantization_config"),
+    "a difference": (lambda b, a: rewrite(b / "model.safetensors", **{"model.norm.weight": torch.zeros(32)}),
+                     "base: holds the difference to another model's weights"),
+    "another output layer than the tie": (lambda b, a: edit(b / "config.json", tie_word_embeddings=True),
+                                          "base/model.safetensors: tensor lm_head.weight is not the embedding"),
     "truncated base": (lambda b, a: os.truncate(b / "model.safetensors", 5000), "base/model.safetensors: cannot be"),
     "truncated adapter": (lambda b, a: os.truncate(a / "adapter_model.safetensors", 5000),
                           "adapter_model.safetensors: cannot be read"),
     "weight missing": (lambda b, a: rewrite(b / "model.safetensors", **{W: None}),
                        f"adapter_model.safetensors: unexpected tensor {Q}.lora_A: .*base has no weight of its own"),
     "weight of integers": (lambda b, a: rewrite(b / "model.safetensors", **{W: torch.ones(32, 32).int()}),
-                           f"adapter_model.safetensors: unexpected tensor {Q}.lora_A"),
+                           f"base/model.safetensors: tensor {W} is of torch.int32: the model is quantised"),
+    "weight of float8": (lambda b, a: rewrite(b / "model.safetensors", **{W: torch.ones(32, 32).to(torch.float8_e4m3fn)}),
+                         f"base/model.safetensors: tensor {W} is of torch.float8_e4m3fn: the model is quantised"),
     "weight of another shape": (lambda b, a: rewrite(b / "model.safetensors", **{W: torch.ones(16, 32)}),
                                 rf"adapter_model.safetensors: tensor {Q}.lora_B has shape \(32, 8\), not \(16, 8\)"),
     "half an adapter": (lambda b, a: rewrite(a / "adapter_model.safetensors", **{A: None}),
                         f"adapter_model.safetensors: missing tensor {Q}.lora_A"),
     "infinite": (lambda b, a: rewrite(a / "adapter_model.safetensors", **{A: torch.full((8, 32), torch.inf)}),
-                 f"base/model.safetensors: tensor {W} is infinite or NaN"),  # seen only after writing has begun
+                 f"adapter_model.safetensors: tensor {Q}.lora_A .* holds NaN, infinity"),
+    "NaN": (lambda b, a: rewrite(a / "adapter_model.safetensors", **{A: torch.full((8, 32), torch.nan)}),
+            f"adapter_model.safetensors: tensor {Q}.lora_A .* holds NaN"),
+    "nothing": (lambda b, a: save_file({}, a / "adapter_model.safetensors"), "adapter_model.safetensors: holds no adapter"),
+    "too large": (lambda b, a: (rewrite(a / "adapter_model.safetensors", **{A: torch.full((8, 32), 3e38)}),
+                                edit(a / "adapter_config.json", lora_alpha=1e9)),
+                  f"base/model.safetensors: tensor {W} is infinite or NaN"),  # seen only after writing has begun
 }
 
 
@@ -257,10 +277,89 @@ def test_an_out_folder_that_holds_files_is_refused_and_an_empty_one_is_filled(tm
     assert merge(tmp_path) == 0
 
 
-def test_an_adapter_of_a_tied_output_layer_is_refused(tmp_path, capsys):
-    write_base(tmp_path / "base", tie_word_embeddings=True)
+@pytest.mark.parametrize("targets", [("lm_head",), ("q_proj", "lm_head")])
+@pytest.mark.parametrize("layout", ["model.safetensors", "two model.safetensors", "pytorch_model.bin", "two pytorch_model.bin"])
+def test_a_tied_output_layer_that_is_adapted_gets_a_weight_of_its_own(layout, targets, tmp_path):
+    base = write_base(tmp_path / "base", layout, tie_word_embeddings=True)
+    model = adapted(tiny(tie_word_embeddings=True), targets=targets)
+    save_lora(model, tmp_path / "adapter")
+    assert merge(tmp_path) == 0
+    tensors = stored(tmp_path / "out")
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
+    assert after == before | {"tie_word_embeddings": False}
+    assert torch.equal(tensors["model.embed_tokens.weight"], model.model.embed_tokens.weight)
+    torch.testing.assert_close(Llama.from_pretrained(tmp_path / "out")(IDS), model(IDS), atol=1e-5, rtol=0)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS), atol=1e-4, rtol=0)
+    if layout.startswith("two "):
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == tensors.keys()
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_an_output_layer_that_is_missing_and_not_tied_is_not_made_up(tmp_path, capsys):
+    base = write_base(tmp_path / "base")
+    rewrite(base / "model.safetensors", **{"lm_head.weight": None})
     save_lora(adapted(targets=("q_proj", "lm_head")), tmp_path / "adapter")
     refused(tmp_path, capsys, "unexpected tensor lm_head.lora_A: .*base has no weight of its own for that layer")
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["down_proj", "lm_head"]])
+def test_another_familys_model_merges_as_peft_merges_it(targets, tmp_path):
+    # Gemma's norms are near 0 without its weights being a difference, and it is tied without a word in config.json.
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    transformers.GemmaForCausalLM(transformers.GemmaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    assert load_file(tmp_path / "base" / "model.safetensors")["model.norm.weight"].abs().max() < 0.02
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+                                 peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False)).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert merge(tmp_path) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(merged(IDS).logits, theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_and_alphas_of_single_layers_merge_as_they_load(tmp_path):
+    write_base(tmp_path / "base")
+    model = adapted(rank=4, alpha=8)
+    lora_layers(model)[Q].set_scaling(40, use_rslora=True)
+    replace = lora_layers(model)["model.layers.1.self_attn.o_proj"]
+    replace.rank = 2
+    replace.lora_A, replace.lora_B = torch.nn.Parameter(torch.randn(2, 32)), torch.nn.Parameter(torch.randn(32, 2))
+    replace.set_scaling(3)
+    save_lora(model, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["rank_pattern"]
+    assert merge(tmp_path) == 0
+    torch.testing.assert_close(Llama.from_pretrained(tmp_path / "out")(IDS), model(IDS), atol=1e-4, rtol=1e-4)
+
+
+def test_an_update_that_rounding_would_take_is_written_in_float32_or_said_to_be_lost(tmp_path, capsys):
+    write_base(tmp_path / "base", dtype=torch.bfloat16)
+    model = adapted(Llama.from_pretrained(tmp_path / "base", dtype=torch.float32))
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.mul_(1e-3)
+    save_lora(model, tmp_path / "adapter")
+    assert merge(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"rounding to what the base is stored in takes \d+% of the update: written in float32", said), said
+    merged = Llama.from_pretrained(tmp_path / "out")
+    assert merged.lm_head.weight.dtype == torch.float32
+    torch.testing.assert_close(merged(IDS), model(IDS), atol=1e-5, rtol=1e-5)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+    shutil.rmtree(tmp_path / "out")
+    assert merge(tmp_path, "--dtype", "bfloat16") == 0  # as asked for
+    assert "rounding to torch.bfloat16 takes" in capsys.readouterr().out
+    assert {tensor.dtype for tensor in stored(tmp_path / "out").values()} == {torch.bfloat16}
+    save_lora(lora.add_lora(Llama.from_pretrained(tmp_path / "base")), tmp_path / "adapter")  # changes nothing
+    shutil.rmtree(tmp_path / "out")
+    assert merge(tmp_path) == 0 and "of the update" not in capsys.readouterr().out
+    assert same(stored(tmp_path / "out"), stored(tmp_path / "base"))
 
 
 def test_code_in_a_bin_base_is_refused_and_never_run(tmp_path, capsys):

@@ -396,7 +396,8 @@ def test_a_renamed_or_misshapen_or_integer_tensor_is_named_with_its_file(bare):
             f"{file}: unexpected tensor {UP.replace('up', 'upper')}")
     refusal(lambda: rewritten(**{UP: None}), f"{file}: missing tensor {UP}")
     refusal(lambda: rewritten(**{UP: whole[UP].T.contiguous()}), f"{file}: tensor {UP} has shape (32, 64)", "(64, 32)")
-    refusal(lambda: rewritten(**{UP: whole[UP].to(torch.int8)}), f"{file}: tensor {UP} is of torch.int8", "quantised")
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        refusal(lambda dtype=dtype: rewritten(**{UP: whole[UP].to(dtype)}), f"{file}: tensor {UP} is of {dtype}", "quantised")
 
 
 def test_a_shape_too_large_for_any_memory_is_an_error_and_not_a_crash(bare):
@@ -451,6 +452,115 @@ def test_a_nonsensical_number_of_layers_is_refused_at_once(bare, tmp_path):
 def test_other_models_are_refused_by_name(kind, tmp_path):
     transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
     refusal(loading(tmp_path), f"config.json: model_type '{kind}' is not supported: only 'llama' is")
+
+
+def every_loader(folder):
+    """What reads a model's folder, each as a call; sources of a merge are in test_adapters.py."""
+    good = folder.parent / "good"
+    if not good.exists():
+        published().save_pretrained(good)
+        (good / "model_sum.txt").write_text("1.0")
+    out = folder.parent / "out"
+    return {"policy": loading(folder), "reward": lambda: RewardModel.from_pretrained(folder),
+            "convert": lambda: programs.convert(open_model, folder, out), "recover's base": lambda: recover(folder, good, out)}
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("weights", ["whole", "as a difference", "damaged", "none"])
+def test_gemma_is_refused_by_its_name_whatever_its_weights(weights, head, tmp_path):
+    # Its norms are stored as differences to 1, near 0, as AlpacaFarm's are; it is no difference to be recovered.
+    config = transformers.GemmaConfig(**SIZES, head_dim=8, pad_token_id=0)
+    kind = transformers.GemmaForSequenceClassification if head else transformers.GemmaForCausalLM
+    config.num_labels = 1
+    kind(config).save_pretrained(folder := tmp_path / "gemma")
+    if weights == "as a difference":
+        (folder / "model_sum.txt").write_text("1.0")
+    if weights == "damaged":
+        (folder / "model.safetensors").write_bytes(b"half")
+    if weights == "none":
+        (folder / "model.safetensors").unlink()
+    for load in every_loader(folder).values():
+        refusal(load, f"{folder / 'config.json'}: model_type 'gemma' is not supported: only 'llama' is; other families")
+    (folder / "model_sum.txt").write_text("1.0")
+    refusal(lambda: recover(tmp_path / "good", folder, tmp_path / "out"),
+            f"{folder / 'config.json'}: model_type 'gemma' is not supported: differences to LLaMA are")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_several_modalities_is_refused(tmp_path):
+    llava = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**SIZES))
+    llava.save_pretrained(folder := tmp_path / "llava")
+    for load in every_loader(folder).values():
+        refusal(load, "config.json: model_type 'llava' with a text_config is not supported: only 'llama' is")
+    text = json.loads((folder / "config.json").read_text()) | {"model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(text))
+    refusal(loading(folder), "config.json: model_type 'llama' with a text_config is not supported")
+
+
+QUANTISED = {  # what is stored for a matrix: GPTQ and AWQ, bitsandbytes (4 and 8 bits), FP8, compressed-tensors
+    "gptq": {"qweight": torch.zeros(4, 64, dtype=torch.int32), "scales": torch.ones(1, 64), "g_idx": torch.zeros(32).int()},
+    "nf4": {"weight": torch.zeros(1024, 1, dtype=torch.uint8), "weight.absmax": torch.ones(4), "weight.quant_map": torch.ones(16),
+            "weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)},
+    "int8": {"weight": torch.zeros(64, 32, dtype=torch.int8), "SCB": torch.ones(64)},
+    "fp8": {"weight": torch.zeros(64, 32).to(torch.float8_e4m3fn), "weight_scale": torch.ones(1)},
+    "fp8 in blocks": {"weight": torch.zeros(64, 32).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 1)},
+    "compressed-tensors": {"weight_packed": torch.zeros(64, 4).int(), "weight_scale": torch.ones(64, 1)},
+    "fp8 without scales": {"weight": torch.zeros(64, 32).to(torch.float8_e4m3fn)},
+}
+
+
+@pytest.mark.parametrize("said", ["quantization_config", "compression_config", None])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_model_is_called_so_by_every_loader(kind, said, tmp_path):
+    classifier = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SIZES, num_labels=1, pad_token_id=0))
+    for model, name in ((published(), "model"), (classifier, "reward")):
+        model.save_pretrained(folder := tmp_path / name)
+        tensors, layer = load_file(folder / "model.safetensors"), UP.removesuffix("weight")
+        del tensors[UP]
+        save_file(tensors | {layer + leaf: tensor for leaf, tensor in QUANTISED[kind].items()}, folder / "model.safetensors")
+        if said:
+            config = json.loads((folder / "config.json").read_text()) | {said: {"quant_method": kind}}
+            (folder / "config.json").write_text(json.dumps(config))
+        for which, load in every_loader(folder).items():
+            if (which == "reward") == (name == "reward"):
+                refusal(load, f"{folder / ('config.json' if said else 'model.safetensors')}: ", said or layer,
+                        "the model is quantised: name the unquantised one")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantised_difference_is_called_so(tmp_path):
+    base, diff, _ = write_difference(tmp_path, "safetensors")
+    tensors = load_file(diff / "model.safetensors")
+    save_file(tensors | {UP: tensors[UP].to(torch.int8)}, diff / "model.safetensors")
+    refusal(lambda: recover(base, diff, tmp_path / "out"), f"model.safetensors: tensor {UP} is of torch.int8: the model is quant")
+    config = json.loads((diff / "config.json").read_text()) | {"quantization_config": {"bits": 4}}
+    (diff / "config.json").write_text(json.dumps(config))
+    refusal(lambda: recover(base, diff, tmp_path / "out"), f"{diff / 'config.json'}: quantization_config", "quantised")
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("quantization_args", {"group_size": 32}, "the model is quantised"), ("moe", {"num_experts": 8}, "moe is not supported"),
+    ("sliding_window", 4096, "sliding_window is not supported"), ("vision_chunk_size", 560, "vision_chunk_size is not")])
+def test_metas_params_json_is_judged_before_any_weights(field, value, words, tmp_path):
+    folder = write_meta(tmp_path / "meta", published(), **{field: value})
+    refusal(loading(folder), f"{folder / 'params.json'}: {field}", words)
+    (folder / "consolidated.00.pth").write_bytes(b"half")
+    refusal(loading(folder), f"{folder / 'params.json'}: {field}", words)
+
+
+def test_an_output_layer_beside_a_tie_must_be_the_embedding(bare):
+    # transformers takes it for the output layer, whatever config.json says; passed over it would be lost without a word.
+    _, folder = bare
+    theirs = published(tie_word_embeddings=True)
+    tensors = theirs.state_dict()
+    theirs.config.save_pretrained(folder)
+    write_bins(folder, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    assert_same_logits(Llama.from_pretrained(folder), theirs)
+    write_bins(folder, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * 2})
+    refusal(loading(folder), f"{folder / 'pytorch_model.bin'}: tensor lm_head.weight is not the embedding", "tie_word_embeddings")
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same_logits(Llama.from_pretrained(folder), transformers.LlamaForCausalLM.from_pretrained(folder))
 
 
 @pytest.mark.parametrize("content, message", [

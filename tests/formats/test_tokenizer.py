@@ -372,9 +372,11 @@ def test_a_saved_sentencepiece_tokenizer_is_read_again_with_what_stood_beside_it
     source, target = tmp_path / "source", tmp_path / "runs" / "target"
     shutil.copytree(tokenizer_dir, source)
     write(source, {"add_bos_token": False}, "tokenizer_config.json")
-    write(source, {}, "generation_config.json")
+    write(source, {"eos_token_id": [2, 7]}, "generation_config.json")  # what ends a response goes along
     load_tokenizer(source).save(target)
-    assert sorted(file.name for file in target.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
+    files = ["generation_config.json", "tokenizer.model", "tokenizer_config.json"]
+    assert sorted(file.name for file in target.iterdir()) == files
+    assert load_tokenizer(target).stop_ids == (2, 7)
     assert same_tokenizer(load_tokenizer(target), load_tokenizer(source))
     shutil.copy(source / "tokenizer.model", tmp_path / "llama.model")  # a file by itself
     load_tokenizer(tmp_path / "llama.model").save(tmp_path / "bare")
@@ -461,7 +463,7 @@ def test_a_tokenizer_is_described_in_one_line(tokenizer, tmp_path):
     fast = load_tokenizer(write_fast(tmp_path, CHATML))
     assert describe_tokenizer(fast) == (
         "tokenizer: transformers, 262 tokens, bos 0 (not added), eos 1, pad = eos, chat template")
-    assert "eos 4 (the end of a turn), pad 1" in describe_tokenizer(fast.for_template("chat"))
+    assert "eos 4 (the end of a turn) or 1, pad 1" in describe_tokenizer(fast.for_template("chat"))
 
 
 def test_a_model_may_have_more_rows_than_its_tokenizer_and_never_fewer(tokenizer):
@@ -478,3 +480,53 @@ def test_a_special_id_without_a_row_is_named(name, i):
     letters = Tokenizer(lambda text: [ord(c) for c in text], lambda ids: "".join(map(chr, ids)), 256, **ids)
     with pytest.raises(ValueError, match=f"model: 256 embedding rows, but the tokenizer's {name} is {i}"):
         check_vocabulary(letters, 256, "model")
+
+
+# What ends a response, and what is no text
+
+
+def test_what_ends_a_response_is_the_union_of_all_files(tokenizer_dir, tokenizer, tmp_path):
+    """transformers' generate stops at config.json's and generation_config.json's ids; Llama 3 names several there."""
+    assert tokenizer.stop_ids == (2,)
+    for folder in (shutil.copytree(tokenizer_dir, tmp_path / "pieces"), write_fast(tmp_path / "fast", CHATML)):
+        write(folder, {"eos_token_id": [2, 9]}, "config.json")
+        write(folder, {"eos_token_id": 11, "temperature": 0.6}, "generation_config.json")
+        named = load_tokenizer(folder)
+        assert set(named.stop_ids) == {named.eos_token_id, 2, 9, 11} and named.stop_ids[0] == named.eos_token_id
+    chat = load_tokenizer(tmp_path / "fast").for_template("chat")
+    assert chat.eos_token_id == 4 and chat.stop_ids == (4, 1, 2, 9, 11)
+    assert chat.decode([9, 4]) == named.decode([9])  # a piece that ends a response is text all the same
+
+
+def test_the_eos_of_tokenizer_config_ends_a_response_beside_that_of_tokenizer_model(tokenizer_dir, tmp_path):
+    folder = shutil.copytree(tokenizer_dir, tmp_path / "pieces")
+    write(folder, {"eos_token": {"content": "."}}, "tokenizer_config.json")
+    named = load_tokenizer(folder)
+    assert named.pieces(list(named.stop_ids)) == ["</s>", "."]
+
+
+@pytest.mark.parametrize("value", ["</s>", True, [2, "3"], {"id": 2}])
+def test_an_end_that_is_no_id_is_refused_by_name(tokenizer_dir, tmp_path, value):
+    folder = shutil.copytree(tokenizer_dir, tmp_path / "pieces")
+    write(folder, {"eos_token_id": value}, "generation_config.json")
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is .* it must be a token's id"):
+        load_tokenizer(folder)
+
+
+def test_padding_with_a_piece_of_text_takes_nothing_out_of_a_text(tmp_path):
+    """Where somebody needed any token for padding and took "!"."""
+    folder = write_fast(tmp_path / "a", pad_token="!")
+    text = "ab! ab!"
+    read = load_tokenizer(folder)
+    assert read.decode(read.encode(text, bos=False, eos=True)) == text and read.pad_token_id == read.eos_token_id
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    i = saved["model"]["vocab"]["!"]
+    saved["added_tokens"].append(saved["added_tokens"][0] | {"id": i, "content": "!", "special": True})
+    write(folder, saved, "tokenizer.json")
+    with pytest.raises(ValueError, match="pad_token '!' is a piece of ordinary text"):
+        load_tokenizer(folder)
+
+
+def test_a_text_that_ends_in_eos_gets_no_second_one(tmp_path):
+    read = load_tokenizer(write_fast(tmp_path))
+    assert read.encode("ab</s>", bos=False, eos=True) == read.encode("ab", bos=False, eos=True)

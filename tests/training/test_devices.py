@@ -133,6 +133,6 @@ def test_train_py_itself_places_the_models_so(world, tmp_path, two_gpus, monkeyp
     models = training_models.build_models(run, load_tokenizer(world / "sft"))
     assert not models.shared
     assert devices([*models.policy.parameters(), *models.value.parameters()]) == {"cuda:0"}
-    assert devices([*models.reward_model.parameters(), *models.reward_model.buffers()]) == {"cuda:1"}
+    assert devices([*models.rewards.model.parameters(), *models.rewards.model.buffers()]) == {"cuda:1"}
     scored, _ = read_by_all(models.actors(run.ppo))
     assert devices(scored.values()) == {"cuda:0"}

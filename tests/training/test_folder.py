@@ -1,15 +1,18 @@
 """What folder.py promises: a name means a whole checkpoint, damage is found and named, a failed write destroys nothing."""
 
+import fcntl
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from formats.write import write_text
 from training import folder
-from training.folder import append_line, checkpoints, cut_after, damage, newest_whole, prune, save_whole
+from training.folder import append_line, checkpoints, cut_after, damage, locked, newest_whole, prune, save_whole
 
 
 def fill(content: str):
@@ -148,3 +151,71 @@ def test_a_failed_text_leaves_the_last_one(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_text(tmp_path / "config.json", "bad")
     assert (tmp_path / "config.json").read_bytes() == b"good" and len(list(tmp_path.iterdir())) == 1
+
+
+# --- one process at a time ---------------------------------------------------------------------------------------------
+
+
+def holder(folder: Path, *more: str) -> subprocess.Popen:
+    """A second process that holds the lock until it is killed; it is in when this returns."""
+    code = ("import sys, time; from pathlib import Path; from training.folder import locked\n"
+            "with locked(Path(sys.argv[1]), *sys.argv[2:]):\n    print('in', flush=True)\n    time.sleep(600)")
+    child = subprocess.Popen([sys.executable, "-c", code, str(folder), *more], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "in\n"
+    return child
+
+
+def test_a_folder_belongs_to_one_process_and_a_killed_one_has_no_lock(tmp_path):
+    child = holder(tmp_path / "run")
+    try:
+        refusal = rf"--out {tmp_path / 'run'} is in use by another process \(pid {child.pid}\)"
+        with pytest.raises(ValueError, match=refusal), locked(tmp_path / "run"):
+            pytest.fail("two processes are in the folder")
+        with locked(tmp_path / "run", ".evaluating.lock"):  # another kind of work is welcome
+            pass
+    finally:
+        child.kill()
+        child.wait()
+    assert (tmp_path / "run" / ".lock").exists() and not folder.holds_files(tmp_path / "run")
+    with locked(tmp_path / "run") as out:
+        write_text(out / "config.json", "{}")
+    assert [p.name for p in out.iterdir()] == ["config.json"] and folder.holds_files(out)
+
+
+def test_a_start_that_wrote_nothing_leaves_no_folder(tmp_path):
+    for made in (tmp_path / "a" / "b", tmp_path / "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        with pytest.raises(KeyError), locked(made):
+            raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(ValueError, match=f"--out {path}: no such folder can be made"), locked(path):
+            pytest.fail("made it")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_file_taken_away_by_its_last_owner_is_no_lock(tmp_path, monkeypatch):
+    """Opened while another process held it, locked when that one had removed it: a third would make a new file."""
+    honest, taken = fcntl.flock, []
+
+    def slow(descriptor, how):
+        if not taken:
+            taken.append((tmp_path / ".lock").unlink())
+        honest(descriptor, how)
+
+    monkeypatch.setattr(folder.fcntl, "flock", slow)
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").is_file()
+        with pytest.raises(ValueError, match="is in use"), locked(tmp_path):
+            pytest.fail("two are in the folder")
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(folder.fcntl, "flock", none)
+    with locked(tmp_path):
+        pass
+    assert "this file system has no locks (No locks available)" in capsys.readouterr().out

@@ -15,12 +15,13 @@ import torch
 from conftest import ROOT
 from runs import assert_same_run, records, settings, start, to_flags, weights
 
+import evaluate
 import ppo
 import train
 from data import load_instructions, tokenize_prompts
 from formats.tokenizer import load_tokenizer
 from training import checkpoint
-from training.folder import append_line, checkpoints, damage, newest_whole
+from training.folder import append_line, checkpoints, damage, locked, newest_whole
 
 STEPS = 4
 
@@ -109,6 +110,53 @@ def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(world, finis
     step = len(records(out / "metrics.jsonl"))
     assert f"stopped by {name} after step {step} of 200; go on with: python train.py --resume --out {out}" in printed
     assert newest_whole(out).name == f"step-{step:04d}" and "Traceback" not in errors
+
+
+# --- two processes, one folder -----------------------------------------------------------------------------------------
+
+
+def test_a_run_that_lives_is_nobody_elses_to_resume_and_a_killed_one_is_free(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    given = to_flags({k: v for k, v in settings(world, out, steps=200, save_every=1, keep=2).items() if k != "evaluation"})
+    run = launch(*given)
+    try:
+        while run.poll() is None and not checkpoints(out):
+            time.sleep(0.01)
+        for flags in (["--resume", "--out", str(out)], given):
+            code, _, err = program(monkeypatch, capsys, *flags)
+            assert code == 2 and err.count("\n") == 1 and f"--out {out} is in use by another process (pid {run.pid})" in err
+        assert run.poll() is None
+    finally:
+        run.kill()
+        run.wait()
+    step = int(newest_whole(out).name[-4:])
+    config = json.loads((out / "config.json").read_text()) | {"steps": step + 1}
+    (out / "config.json").write_text(json.dumps(config))
+    code, _, err = program(monkeypatch, capsys, "--resume", "--out", str(out))
+    assert code == 0, err
+    assert [m["step"] for m in records(out / "metrics.jsonl")] == list(range(1, step + 2))
+
+
+def test_a_run_may_be_evaluated_while_it_trains_but_not_twice_at_once(copy, monkeypatch, capsys):
+    def evaluation() -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(copy), "--kl-tokens", "50"])
+        return evaluate.main(), "".join(line for line in capsys.readouterr().err.splitlines() if "evaluate.py: " in line)
+
+    with locked(copy):
+        assert evaluation() == (0, "")
+    before = (copy / "evaluation.json").read_bytes()
+    with locked(copy, ".evaluating.lock"):
+        code, err = evaluation()
+    assert code == 2 and f"evaluate.py: folder {copy} is in use by another process (pid {os.getpid()})" in err
+    assert (copy / "evaluation.json").read_bytes() == before and not list(copy.glob(".*"))
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_loaded(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "load_tokenizer", lambda *_: pytest.fail("loaded first"))
+    (tmp_path / "file").write_text("mine")
+    code, _, err = program(monkeypatch, capsys, *to_flags(settings(world, tmp_path / "file" / "x")))
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith(f"train.py: --out {tmp_path / 'file' / 'x'}: no such folder can be made or written (Not a directory)")
 
 
 # --- a disk that is full -----------------------------------------------------------------------------------------------

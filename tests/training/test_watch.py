@@ -43,3 +43,12 @@ def test_far_from_the_reference_without_more_reward_is_not_over_optimisation():
 def test_a_resumed_run_does_not_hear_again_what_it_heard():
     first = HEALTHY | {"step": 1, "clip_fraction": 0.7}
     assert Watch([first])(first | {"step": 2}) == []
+
+
+@pytest.mark.parametrize("odd", [5e7, 0.0])
+def test_one_odd_batch_neither_blinds_the_watch_for_the_value_loss_nor_alarms_it(odd):
+    """As of a rule that gave every answer the same, in the first step or later."""
+    trouble = {"value_loss": 3.0}
+    for calm in ([{"value_loss": odd}, {}, {}], [{}, {}, {}, *[{"value_loss": odd}, {}, {}] * (odd == 0)]):
+        assert heard(*calm) == []
+        assert [line for line in heard(*calm, trouble) if "15 times its least" in line]

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""Which devices there are, and what becomes of a name that is asked for: the paper's two GPUs, or what a machine has."""
+
+import torch
+
+
+def available_devices() -> list[str]:
+    """What there is, the best first."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def is_there(name: str) -> bool:
+    """cpu:0 is the CPU by a second name: to torch another device, on which all four models are built as on two GPUs."""
+    return full_name(name) in (*available_devices(), "cpu:0")
+
+
+def require_device(flag: str, name: str | None) -> None:
+    """A device that was asked for and isn't there is an error: only a default falls back."""
+    if name is not None and not is_there(name):
+        raise ValueError(f"{flag} {name} is not there: choose from {', '.join(available_devices())}")
+
+
+def resolve_devices(policy_device: str | None, reference_device: str | None) -> tuple[str, str, str]:
+    """(policy's device, reference's device, a line that says what happened); a name that isn't there falls to what there is."""
+    best = available_devices()[0]
+    asked = [full_name(name or best) for name in (policy_device, reference_device)]
+    policy, reference = (name if is_there(name) else best for name in asked)
+    missing = [name for name in asked if not is_there(name)]
+    note = f" ({' and '.join(missing)} not there)" if missing else ""
+    return policy, reference, f"placement: policy, value → {policy}; reference, reward → {reference}{note}"
+
+
+def same_kernels(first: str, second: str) -> bool:
+    """Whether equal inputs give equal numbers on both: two names of one device, or two GPUs of one model."""
+    a, b = torch.device(first), torch.device(second)
+    return a.type == b.type and (a.type != "cuda" or torch.cuda.get_device_name(a) == torch.cuda.get_device_name(b))
+
+
+def full_name(device: str) -> str:
+    """torch's "cuda" is the first of them."""
+    return "cuda:0" if device == "cuda" else device
