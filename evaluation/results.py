@@ -188,6 +188,9 @@ def load_run(folder: Path, judge: str | None = None) -> Run:
     if missing:
         raise ValueError(f"{folder}/config.json: lacks {missing[0]}: it is no configuration of a run")
     during = by_step(folder / "evaluations.jsonl", read_lines(folder / "evaluations.jsonl"))
+    # What training measured, it measured on the run's own instructions; only the miniature world's annotators judged it.
+    during = {step: {"data": config.get("evaluation"), "judge": "annotators" if "preferences" in e else None} | e
+              for step, e in during.items()}
     file = folder / "evaluation.json"
     results = [e for e in measured_before(folder).values() if judge in (None, e.get("judge"))]
     by_step(file, results)

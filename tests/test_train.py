@@ -687,7 +687,7 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(world, copy, monkeypatch
 @pytest.mark.parametrize("flags, says", [
     (["--seed", "5"], "--resume: --seed 5 differs from the run's 0"),
     (["--steps", "2"], "--resume: --steps 2 differs from the run's 3"),
-    (["--steps", "999"], "steps is 999: must be at most lr_steps 781"),
+    (["--steps", "999"], "--steps is 999: must be at most --lr-steps 781"),
     (["--estimator", "kl"], "--resume: --estimator kl differs from the run's bregman"),
 ])
 def test_a_run_is_not_resumed_as_another(copy, monkeypatch, capsys, flags, says):

@@ -153,15 +153,20 @@ def help_text(f: Field) -> str:
 
 def build_config(given: Mapping[str, Any]) -> RunConfig:
     """Defaults, overridden by the miniature world's preset when no policy is named, overridden by the flags given."""
-    try:
-        run = RunConfig.from_dict(given if "policy" in given else TINY_PRESET | given)
-    except ValueError as error:
-        raise ValueError(in_flags(str(error))) from None
+    run = checked(given if "policy" in given else TINY_PRESET | given)
     for name in ("reward", "data"):
         if getattr(run, name) is None:
             raise ValueError(f"--{name} is missing: --policy names your own model, so name your own {name} too")
     run.out = run.out or f"runs/{run.estimator}-s{run.seed}"
     return run
+
+
+def checked(values: Mapping[str, Any]) -> RunConfig:
+    """The run of these fields; ValueError speaks of flags."""
+    try:
+        return RunConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(in_flags(str(error))) from None
 
 
 def in_flags(message: str) -> str:
@@ -184,7 +189,7 @@ def stored_config(given: Mapping[str, Any]) -> RunConfig:
             continue
         raise ValueError(f"--resume: --{name.replace('_', '-')} {value} differs from the run's {stored.get(name)}: "
                          "leave the flag away, or start a new run in another --out")
-    return RunConfig.from_dict(stored | {"steps": given.get("steps", stored["steps"])})
+    return checked(stored | {"steps": given.get("steps", stored["steps"])})
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -103,6 +103,17 @@ def test_what_evaluate_measured_replaces_what_training_measured_alike(tmp_path):
     assert [e["step"] for e in load_run(run).evaluations] == [0, 10, 20]
 
 
+def test_the_report_says_what_its_figures_were_measured_on(runs, tmp_path, capsys):
+    report.write_report(runs[:2], tmp_path / "alike")
+    assert "measured on 60 instructions of no/such/file.json, judge annotators\n" in capsys.readouterr().out
+    other = {f"step-{step:04d}": evaluation(step, 5, 0.5, 0.1) | {"judge": "gpt", "data": "x.json"} for step in (0, 20)}
+    (runs[1] / "evaluation.json").write_text(json.dumps(other))
+    report.write_report(runs[:2], tmp_path / "apart")
+    said = capsys.readouterr().out
+    assert "60 instructions of x.json, judge gpt" in said and "warning: these runs were not measured alike" in said
+    assert "not measured alike" in (tmp_path / "apart" / "report.html").read_text(encoding="utf-8")
+
+
 def test_judgements_of_two_judges_are_never_mixed(tmp_path):
     run = make_run(tmp_path / "run")
     others = {f"step-{step:04d}": evaluation(step, 5, 0.5, 0.1) | {"judge": "gpt"} for step in (0, 20)}
