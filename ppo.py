@@ -101,6 +101,7 @@ class Actors:
     pad_token_id: int
     policy_device: Any = "cpu"     # policy and value
     reference_device: Any = "cpu"  # reference and reward
+    team: Any = field(default_factory=lambda: Alone())  # who shares the work: nobody; see the end of this file
 
 
 @dataclass
@@ -152,8 +153,10 @@ def collect(actors: Actors, penalty: Callable, prompts: Tensor, prompt_mask: Ten
     """
     prompts, prompt_mask = prompts.to(actors.policy_device), prompt_mask.to(actors.policy_device)
     # 1, 2: sample, and let all four models read what was sampled
-    scored = sample_and_score(actors, prompts, prompt_mask, config, progress)
+    mine = actors.team.rows(len(prompts))
+    scored = stack(actors.team.gather(lambda: sample_and_score(actors, prompts[mine], prompt_mask[mine], config, progress)))
     responses, mask, scores = (scored.pop(name) for name in ("responses", "mask", "scores"))
+    responses = responses.masked_fill(~mask, actors.pad_token_id)
     scored = {name: real(x, mask) for name, x in scored.items()}  # logprobs, ref_logprobs, values
     # 3: rewards
     finished = (mask & is_eos(responses, actors.eos_token_id)).any(1)  # token ids: decoded text may hide or imitate an EOS
@@ -242,7 +245,6 @@ def sample_and_score(actors: Actors, prompts: Tensor, prompt_mask: Tensor, confi
             frozen.append(in_batches(read_frozen, config.micro_batch_size, *chunks[-1]))
         progress("generate", len(rows))
     rollout = stack(sampled)
-    rollout["responses"] = rollout["responses"].masked_fill(~rollout["mask"], actors.pad_token_id)
     logprobs_known = "logprobs" in rollout
 
     def read(text: "Packed", sequence: Tensor, attention: Tensor) -> dict[str, Tensor]:
@@ -270,23 +272,23 @@ def update(actors: Actors, rollout: Rollout, optimizer: torch.optim.Optimizer, c
     """ppo_epochs passes over the rollout in optimiser steps of step_batch_size responses, reshuffled each epoch.
 
     The optimiser holds every trained parameter of policy and value; their joint gradient norm is clipped once per step.
-    generator (CPU) alone decides the order, so that a resumed run repeats it. Returns each statistic's mean over all
-    steps (ratio_max: the largest). Raises ValueError when step_batch_size does not divide the rollout,
-    NotFinite when a loss or gradient is not.
+    generator (CPU) alone decides the order and the dropout, for which torch is seeded anew before each micro-batch, so that
+    a resumed run repeats them. Returns each statistic's mean over all steps (ratio_max: the largest). Raises ValueError when
+    step_batch_size does not divide the rollout, NotFinite when a loss or gradient is not.
     """
     require_divisible("rollout of", len(rollout), "step_batch_size", config.step_batch_size)
     history = []
     for _ in range(config.ppo_epochs):  # 5: each epoch in another order
         order = torch.randperm(len(rollout), generator=generator).to(rollout.mask.device)
         for rows in order.split(config.step_batch_size):
-            history.append(gradient_step(actors, rollout, rows, optimizer, config))
+            history.append(gradient_step(actors, rollout, rows, optimizer, config, generator))
             progress("update", len(rows))
     means = average(history, [1 / len(history)] * len(history))
     return {name: x.item() for name, x in means.items()}
 
 
-def gradient_step(actors: Actors, rollout: Rollout, rows: Tensor, optimizer: torch.optim.Optimizer,
-                  config: PPOConfig) -> Stats:
+def gradient_step(actors: Actors, rollout: Rollout, rows: Tensor, optimizer: torch.optim.Optimizer, config: PPOConfig,
+                  generator: torch.Generator | None = None) -> Stats:
     """One optimiser step on the given rows of the rollout, accumulated over micro-batches.
 
     Each micro-batch counts by its share of the tokens, so any split gives the gradient of the undivided batch; a mean
@@ -297,8 +299,10 @@ def gradient_step(actors: Actors, rollout: Rollout, rows: Tensor, optimizer: tor
     rows = rows[lengths.argsort(stable=True)]  # any split will do: like lengths together waste least
     n_tokens = rollout.mask[rows].sum()
     optimizer.zero_grad(set_to_none=True)
+    seed = int(torch.randint(2**62, (), generator=generator))
     history, weights = [], []
-    for micro_rows in rows.split(config.micro_batch_size):
+    for i, micro_rows in actors.team.share(list(enumerate(rows.split(config.micro_batch_size)))):
+        torch.manual_seed(seed + i)
         batch = rollout.micro_batch(micro_rows)
         weight = batch.mask.sum() / n_tokens
         # 6: loss = actor + vf_coef · critic. Two backward passes add up to its gradient and hold one model's activations.
@@ -310,9 +314,9 @@ def gradient_step(actors: Actors, rollout: Rollout, rows: Tensor, optimizer: tor
         del critic
         history.append(actor_stats | critic_stats)
         weights.append(weight)
-    stats = average(history, weights)
     # 7: one gradient, clipped once, one step
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    stats = actors.team.total(average(history, weights), trained)
     stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)  # the norm before clipping
     for name in ("policy_loss", "value_loss", "grad_norm"):
         if not stats[name].isfinite():
@@ -691,6 +695,36 @@ def stack(chunks: list[dict[str, Tensor]], width: int = 0) -> dict[str, Tensor]:
     width = max([width, *(x.shape[1] for chunk in chunks for x in chunk.values() if x.ndim == 2)])
     return {name: torch.cat([F.pad(chunk[name], (0, width - chunk[name].shape[1])) if chunk[name].ndim == 2 else chunk[name]
                              for chunk in chunks]) for name in chunks[0]}
+
+
+# ------------------------------------------------------------------------------------------- bookkeeping: who does what
+
+
+class Alone:
+    """One process does all the work. Where torchrun starts several, training/ranks.py has the twin that shares it.
+
+    Each of them holds all prompts and, once it is gathered, the whole rollout: only sampling, scoring and the micro-batches
+    of an optimiser step are shared. So every mean, deviation and check above is of the whole, whoever computes it.
+    """
+
+    rank, size = 0, 1
+
+    def rows(self, n: int) -> slice:
+        """Which of n rows this process samples and scores: so many of them, side by side."""
+        return slice(0, n)
+
+    def gather(self, work: Callable[[], Any]) -> list:
+        """What work() gives in every process, in their order. What it raises in one is raised in all."""
+        return [work()]
+
+    def share(self, items: list) -> list:
+        """Which of the items, micro-batches or the like, this process works on."""
+        return items
+
+    def total(self, stats: Stats, trained: list[Tensor]) -> Stats:
+        """The sum of each statistic over the processes (..._max: the largest), and in place that of the gradients: each
+        micro-batch counts by its share of all tokens already."""
+        return stats
 
 
 # --------------------------------------------------------------------------------------- bookkeeping: the configuration

@@ -6,6 +6,7 @@
     python train.py --estimator none --lora-dropout 0.5       # Table 1's "dropout only"
     python train.py --resume --out runs/bregman-s0            # go on where a run stopped; with more --steps, beyond its end
     python train.py --plan --policy llama-sft10k ...          # the memory it would need on each device
+    torchrun --standalone --nproc-per-node 4 train.py ...     # the same run, shared by four processes (docs/scale.md)
 
 One PPO step: sample responses, let four models read them, shape rewards (Eq. 3), estimate advantages, take a few clipped
 optimiser steps (Eq. 2). All of that is in ppo.py; here is the loop around it, and training/ holds what the loop needs. A run
@@ -16,8 +17,12 @@ Departures from the released code: one GPU is enough, since frozen weights on th
 is saved after step N with every random state, so a resumed run repeats the run that was never stopped.
 """
 
+import contextlib
+import copy
 import sys
+import traceback
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -32,8 +37,9 @@ from evaluation.tables import before_after
 from formats.tokenizer import load_tokenizer
 from formats.write import any_console, write_json
 from reward import RuleError
+from training import ranks
 from training.checkpoint import LINES, State, load_checkpoint, save_bundle, save_checkpoint
-from training.config import RunConfig, build_config, build_parser, stored_config
+from training.config import RunConfig, build_config, build_parser, read_config, stored_config
 from training.devices import require_device, resolve_devices, same_kernels
 from training.folder import append_line, check_run_folder, checkpoints_line, cut_after, locked, read_lines
 from training.interrupts import Interrupts, Stopped
@@ -52,14 +58,37 @@ REFERENCE_DEVICE = "cuda:1"  # reference and reward: frozen
 
 def train(run: RunConfig, resume: bool = False) -> Path:
     """The whole run, in a folder that no other process is in; returns it."""
-    with locked(Path(run.out)) as out:
+    ranks.require_even(run.ppo)
+    out = Path(run.out)
+    with contextlib.ExitStack() as until_the_end:
+        ranks.first(until_the_end.enter_context, locked(out))
         train_in(out, run, resume)
     return out
 
 
 def train_in(out: Path, run: RunConfig, resume: bool) -> None:
     """From the data to the last table; every check that needs no model comes first."""
-    checkpoint = check_run_folder(out, resume)  # before anything slow
+    checkpoint = ranks.first(check_run_folder, out, resume)  # before anything slow
+    models, state, benchmark = ranks.each(lambda: prepare(run, checkpoint))
+    ranks.require_equal("what is loaded:", state.origin | {"dtype": run.dtype, "step": state.step})
+    ranks.alike(models.trained())
+    ranks.first(write_json, out / "config.json", run.to_dict())
+    for name in LINES:
+        ranks.first(cut_after, out / name, state.step if checkpoint else -1)
+    with Interrupts() as interrupts:
+        try:
+            stop = loop(run, models, state, benchmark, interrupts)
+        except (FloatingPointError, RuleError, ranks.Lost) as error:
+            error.args = (explain(error, out, state.step + 1, models.sampled),)
+            raise
+    if stop:
+        raise Stopped(f"stopped by {stop.name} after step {state.step} of {run.steps}; go on with: python train.py --resume "
+                      f"--out {out}", stop)
+    ranks.first(finish, out, benchmark)
+
+
+def prepare(run: RunConfig, checkpoint: Path | None) -> tuple[Models, State, Benchmark | None]:
+    """Everything that a run needs, as it is before its first step or where the checkpoint left it."""
     torch.manual_seed(run.seed)
     tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
     prompts = tokenize_prompts(load_instructions(run.data), tokenizer, run.prompt_template, run.query_length, "--query-length")
@@ -77,26 +106,22 @@ def train_in(out: Path, run: RunConfig, resume: bool) -> None:
                   sampling=torch.Generator(models.policy_device).manual_seed(run.seed),
                   shuffling=torch.Generator().manual_seed(run.seed), beta=run.ppo.beta,
                   origin=origin | models.origin() | {"instructions": len(prompts.ids), "dropped": prompts.dropped})
-    print(describe_run(run, models, state))
-    if benchmark:
-        print(benchmark.in_words(run.query_length))
+    print(describe_run(run, models, state) + (f"\n{benchmark.in_words(run.query_length)}" if benchmark else ""))
     if checkpoint:
         load_checkpoint(run, models, state, checkpoint)
         print(f"resumed from {checkpoint}")
-    write_json(out / "config.json", run.to_dict())
-    for name in LINES:
-        cut_after(out / name, state.step if checkpoint else -1)
-    with Interrupts() as interrupts:
-        try:
-            loop(run, models, state, benchmark, interrupts)
-        except (FloatingPointError, RuleError) as error:
-            error.args = (f"step {state.step + 1}: {error}{save_bundle(out, state.step + 1, error, models.sampled)}; "
-                          f"{checkpoints_line(out)}",)
-            raise
-    if interrupts.caught:
-        raise Stopped(f"stopped by {interrupts.caught.name} after step {state.step} of {run.steps}; go on with: python train.py "
-                      f"--resume --out {out}", interrupts.caught)
-    finish(out, benchmark)
+    return models, state, benchmark
+
+
+def explain(error: Exception, out: Path, step: int, sampled: list[tuple[torch.Tensor, ...]]) -> str:
+    """The error's words with the step, where its batch was saved and what there is to go on from."""
+    team = ranks.here()
+    if getattr(error, "everybodys", False):  # met in another process perhaps: all of them are here, to say what they sampled
+        sampled = [chunk for part in team.gather(lambda: sampled) for chunk in part]
+    if team.rank:
+        return str(error)
+    bundle = "" if isinstance(error, ranks.Lost) else save_bundle(out, step, error, sampled)
+    return f"step {step}: {error}{bundle}; {checkpoints_line(out)}"
 
 
 def place(run: RunConfig) -> str:
@@ -110,32 +135,33 @@ def place(run: RunConfig) -> str:
     return line
 
 
-def loop(run: RunConfig, models: Models, state: State, benchmark: Benchmark | None, interrupts: Interrupts) -> None:
-    """Steps until the last one or a signal, with a checkpoint every save_every and evaluations before, after and every
-    eval_every."""
+def loop(run: RunConfig, models: Models, state: State, benchmark: Benchmark | None, interrupts: Interrupts) -> Signals | None:
+    """Steps until the last one or a signal, which is returned, with a checkpoint every save_every and evaluations before, after
+    and every eval_every."""
     out = Path(run.out)
-    watch = Watch(read_lines(out / "metrics.jsonl"))
+    watch = Watch(ranks.first(read_lines, out / "metrics.jsonl"))
 
     def evaluate(label: str) -> None:
         result = evaluate_now(models, run, benchmark, label)
-        append_line(out / "evaluations.jsonl", {"step": state.step} | result)
+        ranks.first(append_line, out / "evaluations.jsonl", {"step": state.step} | result)
 
     with tqdm(total=run.steps, initial=state.step, desc="PPO", unit="step", position=0) as bar:
         if benchmark and state.step == 0:
             evaluate("before")
         tqdm.write(LEGEND)
-        while state.step < run.steps and not interrupts.caught:
+        stop = interrupts.agreed()
+        while state.step < run.steps and not stop:
             metrics, rollout, rows = step_or_save(out, models, state, run)
-            append_line(out / "metrics.jsonl", metrics)
-            tqdm.write(step_line(metrics))
-            for line in watch(metrics):
-                tqdm.write(line)
+            ranks.first(append_line, out / "metrics.jsonl", metrics)
+            tqdm.write("\n".join([step_line(metrics), *watch(metrics)]))
             bar.update()
-            save_samples(out / "samples.jsonl", state, rollout, rows[:4], models.tokenizer)
+            ranks.first(save_samples, out / "samples.jsonl", state, rollout, rows[:4], models.tokenizer)
             if benchmark and (state.step == run.steps or run.eval_every and state.step % run.eval_every == 0):
                 evaluate(f"step {state.step}")
-            if state.step % run.save_every == 0 or state.step == run.steps or interrupts.caught:
-                save_checkpoint(out, run, models, state)
+            stop = interrupts.agreed()
+            if state.step % run.save_every == 0 or state.step == run.steps or stop:
+                ranks.first(save_checkpoint, out, run, models, state)
+    return stop
 
 
 def step_or_save(out: Path, models: Models, state: State, run: RunConfig) -> tuple[dict[str, float], ppo.Rollout, list[int]]:
@@ -146,7 +172,7 @@ def step_or_save(out: Path, models: Models, state: State, run: RunConfig) -> tup
     except RuleError:
         state.go_to(before, models.policy_device)
         if state.step and state.step % run.save_every:
-            save_checkpoint(out, run, models, state)
+            ranks.first(save_checkpoint, out, run, models, state)
         raise
 
 
@@ -165,7 +191,7 @@ def ppo_step(models: Models, state: State, run: RunConfig) -> tuple[dict[str, fl
     shaped = ppo.shape_rewards(judged, rollout.penalties, rollout.mask, state.beta)
     metrics["shaped_reward"] = shaped.sum(1).mean().item()
     if state.step == 0:
-        self_check(models, rollout, config)
+        ranks.each(lambda: self_check(models, rollout, config))
 
     rate = ppo.learning_rate(state.step + 1, config)
     for group in state.optimizer.param_groups:
@@ -234,34 +260,57 @@ def configure(given: dict[str, Any], resume: bool) -> RunConfig:
     return run
 
 
+def is_begun(run: RunConfig) -> bool:
+    """Whether its folder holds this very run, which torchrun --max-restarts then goes on with."""
+    run, file = copy.deepcopy(run), Path(run.out) / "config.json"
+    place(run)
+    return file.is_file() and read_config(file) | {"out": run.out} == run.to_dict()
+
+
+def run_as_told(given: dict[str, Any], resume: bool, only_plan: bool) -> None:
+    """Trains, or tells what that would take."""
+    run = ranks.each(lambda: configure(given, resume))
+    ranks.require_equal("flag", run.to_dict())
+    if only_plan:
+        size = ranks.here().size
+        print(f"{place(run)}\n{plan_of(run)}" + f"\nso much for each of {size} processes" * (size > 1))
+    else:
+        train(run, resume or ranks.restarted() and ranks.first(is_begun, run))
+
+
+def complain(error: BaseException) -> tuple[int, str]:
+    """(exit code, what to say): 2 for bad input, 1 for what a run met on its way, 128 + the signal that ended it. What is none of
+    them is a fault of ours, to be seen whole."""
+    match error:
+        case KeyboardInterrupt():
+            return 130, "train.py: interrupted before the first step; nothing was begun"
+        case Stopped():
+            return error.exit_code, str(error)
+        case ValueError() | FileNotFoundError() | PermissionError():
+            return 1 if getattr(error, "raised", False) else 2, f"train.py: {error}"
+        case OSError() | FloatingPointError() | SelfCheckError():  # a full disk, NaN, arithmetic that doesn't agree
+            return 1, f"train.py: {error}"
+        case torch.OutOfMemoryError():
+            return 1, f"train.py: {str(error).splitlines()[0]}; python train.py --plan with the same flags says what to turn"
+    return 1, "".join(traceback.format_exception(error))
+
+
 def main() -> int:
-    """0 when all went well, 2 for bad input, 1 for what a run met on its way, 128 + the signal that ended it."""
+    """0 when all went well, complain's codes when not."""
     any_console()
-    given = vars(build_parser(__doc__.split("\n\n")[0]).parse_args())
+    with ranks.one_voice():
+        given = vars(build_parser(__doc__.split("\n\n")[0]).parse_args())
     resume, only_plan = given.pop("resume", False), given.pop("plan", False)
     try:
-        run = configure(given, resume)
-        if only_plan:
-            print(f"{place(run)}\n{plan_of(run)}")
-        else:
-            train(run, resume)
-    except Stopped as stopped:
-        print(stopped)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("train.py: interrupted before the first step; nothing was begun", file=sys.stderr)
-        return 130
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1 if getattr(error, "raised", False) else 2
-    except (OSError, FloatingPointError, SelfCheckError) as error:  # a full disk, NaN, arithmetic that doesn't agree
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"train.py: {str(error).splitlines()[0]}; python train.py --plan with the same flags says what to turn",
-              file=sys.stderr)
-        return 1
-    return 0
+        with ranks.joined(), ranks.one_voice():
+            run_as_told(given, resume, only_plan)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = complain(error)
+        if ranks.tells(error):
+            print(line, file=sys.stdout if isinstance(error, Stopped) else sys.stderr, flush=True)
+        ranks.leave(error)
+        return code
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from model import generate
 from ppo import Actors
 from training.config import RunConfig
 from training.models import Models, folded
+from training.ranks import here
 
 
 @dataclass
@@ -174,7 +175,8 @@ def cache_bytes(policy, length: int) -> int:
 def sample_responses(policy: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
                      temperature: float, seed: int = 0, batch_size: int | None = None, desc: str = "sampling"
                      ) -> list[list[int]]:
-    """One response to each prompt: token ids through EOS, if there is one. Reproducible from the seed.
+    """One response to each prompt: token ids through EOS, if there is one. Reproducible from the seed, and the same where several
+    processes share the prompts.
 
     batch_size None: 256 at once, or as many as have room for their keys and values in CACHE_BYTES.
     """
@@ -185,18 +187,27 @@ def sample_responses(policy: Any, tokenizer: Any, prompts: Sequence[Sequence[int
         batch_size = min(256, max(1, CACHE_BYTES // a_row))
     generator = torch.Generator(device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    responses: list[list[int]] = [[] for _ in prompts]
-    with tqdm(total=len(prompts), desc=desc, unit="response", leave=False) as bar:
+    team, bar = here(), tqdm(total=len(prompts), desc=desc, unit="response", leave=False)
+
+    def sample_mine() -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
-            ids, mask = left_pad([prompts[i] for i in rows], pad_token_id)
-            sampled = generate(policy, ids.to(device), mask.to(device), max_new_tokens, temperature=temperature,
-                               eos_token_id=stops, pad_token_id=pad_token_id, generator=generator)
-            for i, tokens in zip(rows, sampled.tolist(), strict=True):
-                end = next((t for t, token in enumerate(tokens) if token in stops), len(tokens))
-                responses[i] = tokens[:end + 1]
+            uniforms = torch.rand(max_new_tokens, len(rows), generator=generator, device=device)
+            mine = team.rows(len(rows))
+            if rows[mine]:
+                ids, mask = left_pad([prompts[i] for i in rows[mine]], pad_token_id)
+                sampled = generate(policy, ids.to(device), mask.to(device), max_new_tokens, temperature=temperature,
+                                   eos_token_id=stops, pad_token_id=pad_token_id, uniforms=uniforms[:, mine])
+                for i, tokens in zip(rows[mine], sampled.tolist(), strict=True):
+                    end = next((t for t, token in enumerate(tokens) if token in stops), len(tokens))
+                    found[i] = tokens[:end + 1]
             bar.update(len(rows))
-    return responses
+        return found
+
+    with bar:
+        responses = {i: response for part in team.gather(sample_mine) for i, response in part.items()}
+    return [responses[i] for i in range(len(prompts))]
 
 
 # -------------------------------------------------------------------------------------------- true KL and its estimates
@@ -219,24 +230,33 @@ def token_divergences(actors: Actors, prompts: Sequence[Sequence[int]], response
     Policy and reference read each on their device. Responses are taken in order until max_tokens (the paper's 28K) are reached.
     """
     first, second = actors.policy_device, actors.reference_device
-    lengths: list[int] = []
-    collected: dict[str, list[Tensor]] = {name: [] for name in ("true_kl", *(estimators or {}))}
-    with tqdm(total=min(max_tokens, sum(map(len, responses))), desc="true KL", unit="token", leave=False) as bar:
-        for start in range(0, len(prompts), batch_size):
-            if sum(lengths) >= max_tokens:
-                break
-            rows = slice(start, start + batch_size)
-            sequence, attention, T = join(prompts[rows], responses[rows], actors.pad_token_id)
-            real, tokens = attention[:, -T:].bool(), sequence[:, -T:]
-            sequence, attention = sequence[:, :-1], attention[:, :-1]  # the last token decides nothing
-            values = divergences_of_batch(actors.policy(sequence.to(first), attention.to(first), T),
-                                          actors.reference(sequence.to(second), attention.to(second), T),
-                                          tokens, temperature, estimators or {})
-            for name, value in values.items():
-                collected[name].append(value.view(real.shape)[real])
-            lengths += real.sum(1).tolist()
-            bar.update(int(real.sum()))
-    return lengths, {name: torch.cat(parts) for name, parts in collected.items()}
+    batches, n = [], 0
+    for start in range(0, len(prompts), batch_size):
+        if n < max_tokens:
+            batches.append(slice(start, start + batch_size))
+            n += sum(map(len, responses[batches[-1]]))
+    bar = tqdm(total=n, desc="true KL", unit="token", leave=False)
+
+    def read(rows: slice) -> tuple[list[int], dict[str, Tensor]]:
+        sequence, attention, T = join(prompts[rows], responses[rows], actors.pad_token_id)
+        real, tokens = attention[:, -T:].bool(), sequence[:, -T:]
+        sequence, attention = sequence[:, :-1], attention[:, :-1]  # the last token decides nothing
+        values = divergences_of_batch(actors.policy(sequence.to(first), attention.to(first), T),
+                                      actors.reference(sequence.to(second), attention.to(second), T),
+                                      tokens, temperature, estimators or {})
+        bar.update(actors.team.size * int(real.sum()))
+        return real.sum(1).tolist(), {name: value.view(real.shape)[real] for name, value in values.items()}
+
+    with bar:
+        parts = shared(actors.team, read, batches)
+    return ([length for lengths, _ in parts for length in lengths],
+            {name: torch.cat([values[name] for _, values in parts]) for name in ("true_kl", *(estimators or {}))})
+
+
+def shared(team: Any, work: Callable, items: list) -> list:
+    """work(item) of each item, in their order, whoever of the team does which."""
+    found = team.gather(lambda: [(k, work(items[k])) for k in team.share(list(range(len(items))))])
+    return [result for _, result in sorted((pair for part in found for pair in part), key=lambda pair: pair[0])]
 
 
 def divergences_of_batch(logits: Tensor, ref_logits: Tensor, tokens: Tensor, temperature: float,
@@ -284,12 +304,16 @@ def estimator_quality(lengths: Sequence[int], values: dict[str, Tensor]) -> dict
 def measure_reward(reward: Callable, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *,
                    pad_token_id: int, device, batch_size: int = 128) -> list[float]:
     """The reward model's score of each response."""
-    scores: list[float] = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc="reward", unit="batch", leave=False):
-        rows = slice(start, start + batch_size)
+    batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+    bar = tqdm(total=len(batches), desc="reward", unit="batch", leave=False)
+
+    def score(rows: slice) -> list[float]:
         ids, mask, n = join(prompts[rows], responses[rows], pad_token_id)
-        scores += reward(ids.to(device), mask.to(device), n).tolist()
-    return scores
+        bar.update(min(here().size, bar.total - bar.n))
+        return reward(ids.to(device), mask.to(device), n).tolist()
+
+    with bar:
+        return [x for scores in shared(here(), score, batches) for x in scores]
 
 
 def join(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor, int]:

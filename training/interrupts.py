@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from training.ranks import everybodys, here
+
 
 class Stopped(Exception):
     """A signal ended the run in good order."""
@@ -13,6 +15,7 @@ class Stopped(Exception):
     def __init__(self, message: str, caught: signal.Signals):
         super().__init__(message)
         self.exit_code = 128 + caught
+        everybodys(self)
 
 
 class Interrupts:
@@ -29,6 +32,12 @@ class Interrupts:
         except ValueError:  # not the main thread, which alone may handle signals
             pass
         return self
+
+    def agreed(self) -> signal.Signals | None:
+        """What any process of the run has caught. All must ask at the same places and go by this answer: a signal may reach
+        one of them, or come to each at another step."""
+        number = max(here().gather(lambda: int(self.caught or 0)))
+        return signal.Signals(number) if number else None
 
     def catch(self, number: int, frame: Any) -> None:
         self.caught = signal.Signals(number)

@@ -29,6 +29,7 @@ from reward import RewardModel
 from training.config import RunConfig
 from training.devices import resolve_devices
 from training.origin import file_digest, frozen_weights, weights_digest
+from training.ranks import here
 from training.rewards import Asked, LoadedReward, Record, load_reward
 
 
@@ -81,19 +82,32 @@ class Models:
         return lora_weights(self.policy, self.start) if self.start else lora_disabled(self.policy)
 
     def actors(self, config: PPOConfig, generator: torch.Generator | None = None) -> Actors:
-        """As ppo.collect and ppo.update call them; generator (on the policy's device) draws the samples, None: torch's own."""
+        """As ppo.collect and ppo.update call them, for one rollout: what decides its samples is drawn for all of it at once from
+        generator (on the policy's device; None: torch's own), so that they depend neither on how many are sampled at a time
+        nor on who shares the work."""
         ends = {"eos_token_id": self.tokenizer.stop_ids, "pad_token_id": self.tokenizer.pad_token_id}
+        team, draws = here(), []
         self.sampled.clear()
+
+        def next_draws(n: int) -> Tensor:
+            """(T, n) uniforms, for the next n of the prompts that this process answers."""
+            if not draws:
+                size = config.response_length, config.rollout_batch_size
+                draws.append(torch.rand(size, generator=generator, device=self.policy_device)[:, team.rows(size[1])])
+            left = draws.pop()
+            if n < left.shape[1]:
+                draws.append(left[:, n:])
+            return left[:, :n]
 
         def sample(prompts: Tensor, prompt_mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             with folded(self.policy):
                 answers = generate(self.policy, prompts, prompt_mask, config.response_length, temperature=config.temperature,
-                                   generator=generator, return_logprobs=exact_sampler(self.policy), **ends)
+                                   uniforms=next_draws(len(prompts)), return_logprobs=exact_sampler(self.policy), **ends)
             self.sampled.append((prompts, prompt_mask, answers[0] if isinstance(answers, tuple) else answers))
             return answers
 
         return Actors(self.policy_logits, self.value, self.reference_logits, self.reward, sample, **ends,
-                      policy_device=self.policy_device, reference_device=self.reference_device)
+                      policy_device=self.policy_device, reference_device=self.reference_device, team=team)
 
     def origin(self) -> dict[str, str]:
         """Digests of all that training leaves as it is."""

@@ -11,6 +11,7 @@ from training.checkpoint import State
 from training.config import TINY_PRESET, RunConfig
 from training.folder import append_line
 from training.models import Models
+from training.ranks import here
 
 
 def describe_run(run: RunConfig, models: Models, state: State) -> str:
@@ -34,7 +35,10 @@ def describe_run(run: RunConfig, models: Models, state: State) -> str:
 
 
 class StepProgress:
-    """One bar inside a step over all that is done with responses, named by the phase; also adds up each phase's seconds."""
+    """One bar inside a step over all that is done with responses, named by the phase; also adds up each phase's seconds.
+
+    Where several processes share the rollout, the others are taken to be as far with theirs.
+    """
 
     def __init__(self, config: PPOConfig):
         total = config.rollout_batch_size * (2 + config.ppo_epochs)  # sampled, scored, and trained on in every epoch
@@ -52,7 +56,7 @@ class StepProgress:
         self.seconds[phase] += now - self.mark
         self.mark = now
         self.bar.set_description(f"  {phase}", refresh=False)
-        self.bar.update(n)
+        self.bar.update(n if phase == "update" else n * here().size)
         if self.bar.n == self.bar.total:
             self.bar.close()
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from conftest import SIZES
 
+from data import left_pad
 from divergences import ESTIMATORS
 from evaluation import measure
 from evaluation.measure import (estimator_quality, load_benchmark, measure_reward, measure_true_kl, sample_responses,
                                 token_divergences)
 from evaluation.statistics import ratio_and_error
 from formats.tokenizer import load_tokenizer
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, generate
 from ppo import Actors
 from training.config import RunConfig
 from training.rewards import LoadedReward
@@ -31,6 +32,19 @@ def tiny_llama(seed: int) -> Llama:
 def actors(policy, reference) -> Actors:
     """The two models of which the KL is measured."""
     return Actors(policy, None, reference, None, None, EOS, PAD)
+
+
+def test_answers_are_what_one_generator_draws_batch_by_batch():
+    """The miniature world was made so, and is rebuilt byte for byte."""
+    policy, draw, expected = tiny_llama(0), torch.Generator().manual_seed(5), [[]] * len(PROMPTS)
+    order = sorted(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i]))
+    for rows in (order[:3], order[3:]):
+        ids, mask = left_pad([PROMPTS[i] for i in rows], PAD)
+        for i, response in zip(rows, generate(policy, ids, mask, 6, 0.7, eos_token_id=EOS, pad_token_id=PAD, generator=draw)):
+            tokens = response.tolist()
+            expected[i] = tokens[:tokens.index(EOS) + 1] if EOS in tokens else tokens
+    tokenizer = SimpleNamespace(stop_ids=(EOS,), pad_token_id=PAD)
+    assert sample_responses(policy, tokenizer, PROMPTS, max_new_tokens=6, temperature=0.7, seed=5, batch_size=3) == expected
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,261 @@
+"""One run by 1, 2 and 4 processes over gloo: equal figures, other numbers of processes at a resume, kills, signals, restarts.
+
+    python bench/distributed.py                    # all of it, about ten minutes on two cores
+    python bench/distributed.py --only kill restart
+
+Every run is a small one of the miniature world under torchrun. "The same" means: samples and answers equal, every metric within
+1e-3 of its size (or of 0.001, where it is less), weights within 1e-4. Exit code 1 where one is not.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from training.folder import checkpoints, damage, newest_whole  # noqa: E402
+
+TINY = ROOT / "tiny"
+FLAGS = {"policy": TINY / "sft", "reward": TINY / "reward", "data": TINY / "data" / "ppo.json", "prompt-template": "tiny",
+         "steps": 6, "save-every": 1, "rollout-batch-size": 32, "step-batch-size": 16, "micro-batch-size": 4,
+         "rollout-micro-batch-size": 8, "response-length": 24, "temperature": 0.7, "learning-rate": 5e-4}
+
+
+class Bench:
+    """The runs of one call, in one folder, each compared with the first."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.wrong = folder, 0
+        self.evaluation = folder / "evaluation.json"
+        tasks = json.loads((TINY / "data" / "evaluation.json").read_text(encoding="utf-8"))[:64]
+        self.evaluation.write_text(json.dumps(tasks), encoding="utf-8")
+        shutil.copy(TINY / "data" / "about.json", folder)
+        self.reference: Path | None = None
+
+    def start(self, name: str, processes: int, *torchrun: str, resume: bool = False, **changes) -> subprocess.Popen:
+        """train.py by so many processes (1: without torchrun), what it says in <name>.log."""
+        given = {"resume": True} if resume else FLAGS | {"evaluation": self.evaluation} | changes
+        flags = [str(word) for flag, value in ({"out": self.folder / name} | given).items()
+                 for word in ([f"--{flag}"] if value is True else [f"--{flag}", value])]
+        how = ["-m", "torch.distributed.run", *(torchrun or ["--standalone"]), "--nproc-per-node", str(processes)]
+        if processes == 1 and not torchrun:
+            how = []
+        log = open(self.folder / f"{name}.log", "a", encoding="utf-8")
+        return subprocess.Popen([sys.executable, *how, str(ROOT / "train.py"), *flags], stdout=log, stderr=log,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def by_one(self) -> Path:
+        """The run of one process."""
+        if not self.reference:
+            self.reference = self.folder / "one"
+            if self.start("one", 1).wait():
+                sys.exit(f"it failed: {(self.folder / 'one.log').read_text()[-2000:]}")
+        return self.reference
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8")
+
+    def say(self, what: str, found: str, right: bool = True) -> None:
+        self.wrong += not right
+        print(f"| {what} | {found}{'' if right else ' **WRONG**'} |", flush=True)
+
+    def compare(self, what: str, name: str, before: str = "") -> None:
+        found, right = self.difference(self.folder / name)
+        self.say(what, before + found, right)
+
+    def difference(self, out: Path) -> tuple[str, bool]:
+        """(how far a run is from that of one process, in words, whether that counts as the same)."""
+        one = self.by_one()
+        first, second = ([[json.loads(line) for line in open(folder / f"{name}.jsonl", encoding="utf-8")]
+                          for name in ("metrics", "samples", "evaluations")] for folder in (one, out))
+        if len(first[0]) != len(second[0]):
+            return f"only {len(second[0])} steps", False
+        texts = first[1] == second[1] and [e["responses"] for e in first[2]] == [e["responses"] for e in second[2]]
+        gaps = [abs(a[k] - b[k]) / max(abs(a[k]), 1e-3) for a, b in zip(first[0], second[0], strict=True) for k in a
+                if not k.startswith("seconds_")]
+        last = f"step-{FLAGS['steps']:04d}"
+        weights = 0.0
+        for file in (one / last).glob("*/*.safetensors"):
+            a, b = load_file(file), load_file(out / file.relative_to(one))
+            weights = max([weights, *((a[k] - b[k]).abs().max().item() for k in a)])
+        right = texts and max(gaps) <= 1e-3 and weights <= 1e-4
+        words = f"answers {'identical' if texts else 'DIFFER'}, metrics within {max(gaps):.1e}, weights within {weights:.1e}"
+        return words, right
+
+
+def workers(run: subprocess.Popen) -> dict[int, int]:
+    """{rank: pid} of those that torchrun started."""
+    found = {}
+    for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+        try:
+            names = dict(pair.partition("=")[::2] for pair in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+        except OSError:
+            continue
+        if "RANK" in names:
+            found[int(names["RANK"])] = int(pid)
+    return found
+
+
+def wait_for_step(run: subprocess.Popen, out: Path, step: int) -> None:
+    while run.poll() is None and not (out / f"step-{step:04d}").is_dir():
+        time.sleep(0.005)
+
+
+def alive(pids: dict[int, int]) -> list[int]:
+    def lives(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    return [rank for rank, pid in pids.items() if lives(pid)]
+
+
+# --------------------------------------------------------------------------------------------------------------- scenes
+
+
+def same(bench: Bench) -> None:
+    """1, 2 and 4 processes, and how long their steps take."""
+    seconds = {}
+    for n in (1, 2, 4):
+        name = "one" if n == 1 else f"by-{n}"
+        bench.by_one()
+        if n > 1:
+            bench.start(name, n).wait()
+            bench.compare(f"{n} processes", name)
+        lines = [json.loads(line) for line in open(bench.folder / name / "metrics.jsonl", encoding="utf-8")]
+        seconds[n] = median(sum(v for k, v in m.items() if k.startswith("seconds_")) for m in lines)
+    bench.say("a step of 1, 2 and 4 processes, one thread each", ", ".join(f"{s:.2f}" for s in seconds.values()) + " s")
+
+
+def resume(bench: Bench) -> None:
+    """On another number of processes than it was begun on."""
+    for begun, ended in ((1, 4), (4, 1), (4, 2)):
+        name = f"from-{begun}-to-{ended}"
+        bench.start(name, begun).wait()
+        for step in checkpoints(bench.folder / name)[2:]:
+            shutil.rmtree(step)
+        bench.start(name, ended, resume=True).wait()
+        bench.compare(f"begun by {begun}, resumed at step 2 by {ended}", name)
+
+
+def kill(bench: Bench) -> None:
+    """SIGKILL to one rank: the others end by themselves, and the run can be resumed."""
+    for rank in (0, 1):
+        name = f"kill-{rank}"
+        out = bench.folder / name
+        run = bench.start(name, 2)
+        wait_for_step(run, out, 2)
+        pids = workers(run)
+        begun = time.monotonic()
+        os.kill(pids[rank], signal.SIGKILL)
+        while alive(pids) and time.monotonic() - begun < 60:
+            time.sleep(0.02)
+        over = time.monotonic() - begun
+        code, whole = run.wait(), [damage(step) is None for step in checkpoints(out)]
+        bench.say(f"SIGKILL to rank {rank} of 2", f"the other ended after {over:.1f} s, torchrun with code {code}; "
+                  f"{len(whole)} checkpoints, {sum(whole)} of them whole", code == 1 and all(whole) and over < 60)
+        bench.start(name, 2, resume=True).wait()
+        bench.compare("... and resumed", name)
+
+
+def stop(bench: Bench) -> None:
+    """Signals that ask to stop."""
+    def to_rank(run: subprocess.Popen) -> None:
+        os.kill(workers(run)[1], signal.SIGTERM)
+
+    def to_torchrun(run: subprocess.Popen) -> None:
+        run.send_signal(signal.SIGINT)
+
+    for what, name, send in (("SIGTERM to rank 1 of 2", "term", to_rank), ("SIGINT to torchrun", "int", to_torchrun)):
+        out = bench.folder / name
+        run = bench.start(name, 2)
+        wait_for_step(run, out, 2)
+        send(run)
+        run.wait()
+        said = [line for line in bench.log(name).splitlines() if line.startswith("stopped by")]
+        newest = newest_whole(out)
+        steps = sum(1 for _ in open(out / "metrics.jsonl", encoding="utf-8"))
+        right = len(said) == 1 and newest.name == f"step-{steps:04d}"
+        bench.say(what, f"“{said[0].partition(';')[0] if said else 'nothing said'}”, {newest.name} saved", right)
+        bench.start(name, 2, resume=True).wait()
+        bench.compare("... and resumed", name)
+
+
+def restart(bench: Bench) -> None:
+    """torchrun --max-restarts: the run goes on by itself."""
+    for trial, rank in enumerate((0, 1, 0, 1)):
+        name = f"restart-{trial}"
+        run = bench.start(name, 2, "--standalone", "--max-restarts", "1")
+        wait_for_step(run, bench.folder / name, 2)
+        os.kill(workers(run)[rank], signal.SIGKILL)
+        code, log = run.wait(), bench.log(name)
+        found, right = bench.difference(bench.folder / name)
+        resumed = log.count("resumed from")
+        bench.say(f"SIGKILL to rank {rank} of 2 under --max-restarts 1",
+                  f"exit code {code}, resumed by itself {resumed} time; {found}", right and code == 0 and resumed == 1)
+
+
+def nodes(bench: Bench) -> None:
+    """Two nodes, both this machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    how = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "bench"]
+    runs = [bench.start("nodes", 2, *how, "--local-addr", "localhost") for _ in range(2)]
+    codes = [run.wait() for run in runs]
+    bench.compare("two torchruns of 2 processes, as on two nodes", "nodes", f"exit codes {codes}; ")
+
+
+def lost_node(bench: Bench) -> None:
+    """One of two nodes is gone, and the other goes on by itself."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    how = ["--nnodes", "1:2", "--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}",
+           "--rdzv-id", "bench", "--local-addr", "localhost"]
+    first = bench.start("lost-node", 1, *how)
+    time.sleep(2)  # it is then the one that keeps the rendezvous
+    second = bench.start("lost-node", 1, *how)
+    wait_for_step(first, bench.folder / "lost-node", 2)
+    for pid in [*workers(second).values(), second.pid]:
+        os.kill(pid, signal.SIGKILL)
+    begun, code = time.monotonic(), (first.wait(), second.wait())[0]
+    found, right = bench.difference(bench.folder / "lost-node")
+    resumed = bench.log("lost-node").count("resumed from")
+    bench.say("--nnodes 1:2 --max-restarts 1, one of two nodes killed", f"exit code {code}, resumed by itself {resumed} time and "
+              f"through {time.monotonic() - begun:.0f} s later; {found}", right and code == 0 and resumed == 1)
+
+
+SCENES = {scene.__name__: scene for scene in (same, resume, kill, stop, restart, nodes, lost_node)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", nargs="+", choices=SCENES, default=list(SCENES))
+    args = parser.parse_args()
+    bench = Bench(Path(tempfile.mkdtemp(prefix="distributed-")))
+    print(f"{ROOT.name}: {' '.join(sys.argv)}; {os.cpu_count()} cores\n\n| what | found |\n| --- | --- |", flush=True)
+    for name in args.only:
+        SCENES[name](bench)
+    if bench.wrong:
+        print(f"\n{bench.wrong} are wrong: look at {bench.folder}")
+        return 1
+    shutil.rmtree(bench.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
