@@ -47,6 +47,7 @@ from training.config import TINY_PRESET, Parser, RunConfig, stored_config
 from training.folder import checkpoints, locked
 from training.models import Models, build_models
 from training.origin import texts_digest
+from training.ranks import refused
 from training.rewards import ScoreTexts, is_rule, open_reader
 
 OPENAI = "https://api.openai.com/v1"
@@ -372,6 +373,8 @@ def winrate_command(args: argparse.Namespace) -> None:
 
 def main() -> int:
     any_console()
+    if refused("evaluate.py"):
+        return 2
     argv = sys.argv[1:]
     if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
         argv = ["run", *argv]

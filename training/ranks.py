@@ -19,6 +19,7 @@ import contextlib
 import os
 import pickle
 import re
+import sys
 import time
 import traceback
 import uuid
@@ -226,6 +227,13 @@ def speaks() -> bool:
     if not launched():
         return True
     return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("LOCAL_RANK", 0))) == 0
+
+
+def refused(program: str) -> bool:
+    """Whether torchrun started several of a program that runs as one process, which the first of them says."""
+    if launched() and speaks():
+        print(f"{program}: runs as one process: start it with python; torchrun is for train.py (docs/scale.md)", file=sys.stderr)
+    return launched()
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from training.devices import require_device
 from training.folder import check_run_folder, checkpoints, checkpoints_line, flush, locked, move_in, prune, save_whole
 from training.interrupts import Interrupts, Stopped
 from training.origin import frozen_weights, texts_digest, weights_digest
+from training.ranks import refused
 
 RECORD = "training.json"
 
@@ -287,6 +288,8 @@ def training_folder(program: str, args: argparse.Namespace) -> Iterator[Stage]:
 def exit_code(program: str, run: Callable[[], object]) -> int:
     """0 when all went well, 2 for bad input, 1 for what a training met on its way, 128 + the signal that ended it."""
     any_console()
+    if refused(program):
+        return 2
     try:
         run()
         return 0
