@@ -531,16 +531,16 @@ def _check_generate(input_ids: Tensor, attention_mask: Tensor, max_new_tokens: i
 @torch.no_grad()
 def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int,
              temperature: float = 1.0, top_p: float = 1.0, eos_token_id: int | Sequence[int] | None = None,
-             pad_token_id: int | None = None, generator: torch.Generator | None = None,
+             pad_token_id: int | None = None, generator: torch.Generator | Tensor | None = None,
              progress: Callable[[int], None] | None = None,
-             return_logprobs: bool = False, uniforms: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+             return_logprobs: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Sample a response to each left-padded prompt: (B, P) → (B, T), T the longest response, at most max_new_tokens.
 
     A response runs through its first EOS and holds pad_token_id after it. eos_token_id None means config.json's, an
     empty sequence means never to stop; pad_token_id None means config.json's, else the EOS.
     One uniform a row and token is drawn from `generator` before the first token, max_new_tokens · B in all: equal
-    states give equal samples, and what one row draws doesn't depend on when another ends. `uniforms` (max_new_tokens, B)
-    in [0, 1) take their place where given: a row's answer then doesn't depend on which rows are sampled with it.
+    states give equal samples, and what one row draws doesn't depend on when another ends. `generator` may also be
+    these draws themselves, (max_new_tokens, B) in [0, 1): a row's answer then doesn't depend on which rows are beside it.
     The model is in eval mode inside (no dropout) and gets its own modes back. `progress` is called with the number of
     unfinished rows at each token. With return_logprobs the result is (responses, logprobs (B, T)): the log-probability
     of each token under softmax(logits / temperature), float32, 0 after the EOS. Raises ValueError for bad arguments,
@@ -562,10 +562,10 @@ def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None,
     rows = torch.arange(B, device=device)  # the place in the batch of each of the N rows still going
     responses = torch.full((B, max_new_tokens), pad, dtype=torch.long, device=device)
     mask = torch.cat((attention_mask.bool(), rows.new_ones(B, max_new_tokens, dtype=torch.bool)), dim=1)
-    if uniforms is None:
-        uniforms = torch.rand(max_new_tokens, B, generator=generator, device=generator.device if generator else device)
-    elif uniforms.shape != (max_new_tokens, B):
-        raise ValueError(f"uniforms {tuple(uniforms.shape)} must be (max_new_tokens, B) = {(max_new_tokens, B)}")
+    uniforms = generator if isinstance(generator, Tensor) else \
+        torch.rand(max_new_tokens, B, generator=generator, device=generator.device if generator else device)
+    if uniforms.shape != (max_new_tokens, B):
+        raise ValueError(f"draws {tuple(uniforms.shape)} must be (max_new_tokens, B) = {(max_new_tokens, B)}")
     uniforms = uniforms.to(device)
     stops = torch.tensor(eos, dtype=torch.long, device=device)
     logprobs = torch.zeros(responses.shape, device=device)

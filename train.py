@@ -105,7 +105,7 @@ def prepare(run: RunConfig, checkpoint: Path | None) -> tuple[Models, State, Ben
     state = State(optimizer, prompts, PromptStream(len(prompts.ids), run.seed),
                   sampling=torch.Generator(models.policy_device).manual_seed(run.seed),
                   shuffling=torch.Generator().manual_seed(run.seed), beta=run.ppo.beta,
-                  origin=origin | models.origin() | {"instructions": len(prompts.ids), "dropped": prompts.dropped})
+                  origin=origin | models.origin | {"instructions": len(prompts.ids), "dropped": prompts.dropped})
     print(describe_run(run, models, state) + (f"\n{benchmark.in_words(run.query_length)}" if benchmark else ""))
     if checkpoint:
         load_checkpoint(run, models, state, checkpoint)

@@ -198,7 +198,7 @@ def sample_responses(policy: Any, tokenizer: Any, prompts: Sequence[Sequence[int
             if rows[mine]:
                 ids, mask = left_pad([prompts[i] for i in rows[mine]], pad_token_id)
                 sampled = generate(policy, ids.to(device), mask.to(device), max_new_tokens, temperature=temperature,
-                                   eos_token_id=stops, pad_token_id=pad_token_id, uniforms=uniforms[:, mine])
+                                   eos_token_id=stops, pad_token_id=pad_token_id, generator=uniforms[:, mine])
                 for i, tokens in zip(rows[mine], sampled.tolist(), strict=True):
                     end = next((t for t, token in enumerate(tokens) if token in stops), len(tokens))
                     found[i] = tokens[:end + 1]

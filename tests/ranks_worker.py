@@ -156,9 +156,9 @@ def first_columns() -> Iterator[None]:
     """Each process draws for as many responses as it has, not for all of which it has some."""
     generate = models.generate
 
-    def generate_with_first(*args, uniforms, **rest):
-        first = torch.rand(uniforms.shape, generator=torch.Generator().manual_seed(0))
-        return generate(*args, uniforms=first, **rest)
+    def generate_with_first(*args, generator, **rest):
+        first = torch.rand(generator.shape, generator=torch.Generator().manual_seed(0))
+        return generate(*args, generator=first, **rest)
 
     with changed(models, generate=generate_with_first):
         yield

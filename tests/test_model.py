@@ -299,11 +299,11 @@ def test_a_row_draws_by_its_own_uniforms_whichever_rows_are_with_it():
     ids, mask = prompts()
     uniforms = torch.rand(8, len(ids), generator=torch.Generator().manual_seed(3))
     drawn = generate(ours, ids, mask, 8, eos_token_id=(), generator=torch.Generator().manual_seed(3))
-    assert torch.equal(generate(ours, ids, mask, 8, eos_token_id=(), uniforms=uniforms), drawn)
+    assert torch.equal(generate(ours, ids, mask, 8, eos_token_id=(), generator=uniforms), drawn)
     some = slice(1, 3)
-    assert torch.equal(generate(ours, ids[some], mask[some], 8, eos_token_id=(), uniforms=uniforms[:, some]), drawn[some])
-    with pytest.raises(ValueError, match=r"uniforms \(8, \d\) must be \(max_new_tokens, B\) = \(7, "):
-        generate(ours, ids, mask, 7, uniforms=uniforms)
+    assert torch.equal(generate(ours, ids[some], mask[some], 8, eos_token_id=(), generator=uniforms[:, some]), drawn[some])
+    with pytest.raises(ValueError, match=r"draws \(8, \d\) must be \(max_new_tokens, B\) = \(7, "):
+        generate(ours, ids, mask, 7, generator=uniforms)
 
 
 def test_a_rows_samples_do_not_depend_on_when_another_ends():

@@ -117,7 +117,7 @@ def read_state(file: Path) -> dict[str, Any]:
 def load_weights(run: RunConfig, models: Models, folder: Path) -> None:
     """Policy and value of a checkpoint into models that were built with the same configuration, from the same files."""
     require_whole(folder)
-    check_origin(folder, models.origin(), vars(run))
+    check_origin(folder, models.origin, vars(run))
     if run.tuning == "lora":
         load_lora(models.policy, folder / "policy")
         load_lora(models.value, folder / "value")

@@ -14,6 +14,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -102,13 +103,14 @@ class Models:
         def sample(prompts: Tensor, prompt_mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             with folded(self.policy):
                 answers = generate(self.policy, prompts, prompt_mask, config.response_length, temperature=config.temperature,
-                                   uniforms=next_draws(len(prompts)), return_logprobs=exact_sampler(self.policy), **ends)
+                                   generator=next_draws(len(prompts)), return_logprobs=exact_sampler(self.policy), **ends)
             self.sampled.append((prompts, prompt_mask, answers[0] if isinstance(answers, tuple) else answers))
             return answers
 
         return Actors(self.policy_logits, self.value, self.reference_logits, self.reward, sample, **ends,
                       policy_device=self.policy_device, reference_device=self.reference_device, team=team)
 
+    @cached_property
     def origin(self) -> dict[str, str]:
         """Digests of all that training leaves as it is."""
         found = {"policy": weights_digest(frozen_weights(self.reference))}
