@@ -18,7 +18,7 @@ class Server:
     def __init__(self, script=(), answer="The first. Verdict: 1"):
         self.script, self.answer, self.seen, self.headers = list(script), answer, [], []
         self.now = self.most = 0
-        lock = threading.Lock()
+        self.lock = lock = threading.Lock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -35,8 +35,6 @@ class Server:
                     outer.behave(self, what, body)
                 except (BrokenPipeError, ConnectionResetError):
                     pass
-                with lock:
-                    outer.now -= 1
 
             def log_message(self, *args):
                 pass
@@ -44,6 +42,11 @@ class Server:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def leave(self):
+        """One request fewer is under way: before its answer is sent, after which the client's next one may be here at once."""
+        with self.lock:
+            self.now -= 1
 
     def behave(self, request, what, body):
         said = self.answer(body) if callable(self.answer) else self.answer
@@ -59,15 +62,18 @@ class Server:
             status, good = what, json.dumps({"error": {"message": f"trouble {what} {request.headers['Authorization']}"}}).encode()
         elif what == "wait":
             status, good, headers = 429, b"{}", {"Retry-After": "0.3"}
-        elif what == "slow":
-            time.sleep(1.0)
+        elif what == "slow":  # the client gives it up
+            self.leave()
+            time.sleep(2.5)
         elif what == "malformed":
             good = b"<html>gateway</html>"
         elif what == "no choices":
             good = b'{"choices": []}'
         elif what == "truncated":
             length, good = len(good), good[:40]
-        elif what == "reset":  # a closed connection with unread data and no lingering: RST
+        if what != "slow":
+            self.leave()
+        if what == "reset":  # a closed connection with unread data and no lingering: RST
             request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             request.connection.close()
             return

@@ -113,7 +113,7 @@ def test_every_kind_of_trouble_at_once_changes_no_judgement(serve):
     script = ["slow", 429, "malformed", 500, "truncated", "reset", "wait", "no choices", 503] * 3
     random.Random(0).shuffle(script)
     server = serve(*script, answer=good_wins)
-    records, asked = judged(server, retries=12, timeout=0.5)
+    records, asked = judged(server, retries=12, timeout=1.5)
     assert [r["preference"] for r in records] == [2.0] * 40
     assert asked.calls == 40 + len(script) and asked.retries_made == len(script) and server.most <= 4
 
