@@ -32,9 +32,12 @@ TINY_PRESET = {
 }
 
 
-def setting(default: Any, group: str, unit: str, help: str, choices: tuple[str, ...] | None = None, **bounds: float):
-    """ppo.setting, with the heading under which --help shows the flag, and choices where only some values will do."""
-    return field(default=default, metadata={"group": group, "unit": unit, "help": help, "choices": choices, "bounds": bounds})
+def setting(default: Any, group: str, unit: str, help: str, choices: tuple[str, ...] | None = None,
+            bare: str | None = None, **bounds: float):
+    """ppo.setting, with the heading under which --help shows the flag, choices where only some values will do, and what the flag
+    means without a value, where it may stand so."""
+    return field(default=default, metadata={"group": group, "unit": unit, "help": help, "choices": choices, "bare": bare,
+                                            "bounds": bounds})
 
 
 @dataclass
@@ -68,6 +71,9 @@ class RunConfig:
                          ("auto", "float32", "bfloat16", "float16"))
     reference_dtype: str = setting("same", "placement", "", "of reference and reward (the released code: float32); same: dtype",
                                    ("same", "float32", "bfloat16", "float16"))
+    shard: str | None = setting(None, "placement", "", "torchrun: each process of a machine holds its share of the frozen weights; "
+                                "they are put together for sampling (whole) or layer by layer (in-step); auto: whole where there "
+                                "is room", ("auto", "whole", "in-step"), bare="auto")
     tuning: str = setting("lora", "tuned weights", "", "lora, or full fine-tuning of policy and value", ("lora", "full"))
     lora_rank: int = setting(8, "tuned weights", "", "rank k of B A (Eq. 1)", low=1, high=2**16)
     lora_alpha: float = setting(64.0, "tuned weights", "", "the update is scaled by alpha / rank", above=0)
@@ -84,6 +90,9 @@ class RunConfig:
         if self.adapter and self.tuning == "full":
             raise ValueError(f"adapter {self.adapter} with tuning full: python lora.py merge makes one model of both, to name as "
                              "--policy")
+        if self.shard and self.tuning == "full":
+            raise ValueError("shard with tuning full: only frozen weights are sharded, and nothing is frozen then; leave --shard "
+                             "away, or --tuning lora")
         if self.steps > self.ppo.lr_steps:
             raise ValueError(f"steps is {self.steps}: must be at most lr_steps {self.ppo.lr_steps}, where the learning rate "
                              f"is 0; --lr-steps {self.steps} lets it fall more slowly")
@@ -133,6 +142,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
             options = {"action": argparse.BooleanOptionalAction}
         elif f.metadata.get("choices"):
             options = {"choices": f.metadata["choices"]}
+            options |= {"nargs": "?", "const": f.metadata["bare"]} if f.metadata["bare"] else {}
         else:
             options = {"type": flag_type(f.type), "metavar": f.name.split("_")[-1].upper()}
         groups[title].add_argument("--" + f.name.replace("_", "-"), help=help_text(f), **options)
@@ -180,16 +190,16 @@ def in_flags(message: str) -> str:
 
 
 def stored_config(given: Mapping[str, Any]) -> RunConfig:
-    """The configuration of the run in given["out"]. More steps than it has extend it; any other flag that contradicts it is an
-    error, since the run would be another one."""
+    """The configuration of the run in given["out"]. More steps than it has extend it, and --shard only says who holds what; any
+    other flag that contradicts it is an error, since the run would be another one."""
     out = Path(given["out"]) if "out" in given else Path(build_config(given).out)
     stored = read_config(out / "config.json") | {"out": str(out)}
     for name, value in given.items():
-        if name == "out" or stored.get(name) == value or name == "steps" and value > stored["steps"]:
+        if name in ("out", "shard") or stored.get(name) == value or name == "steps" and value > stored["steps"]:
             continue
         raise ValueError(f"--resume: --{name.replace('_', '-')} {value} differs from the run's {stored.get(name)}: "
                          "leave the flag away, or start a new run in another --out")
-    return checked(stored | {"steps": given.get("steps", stored["steps"])})
+    return checked(stored | {name: given.get(name, stored[name]) for name in ("steps", "shard")})
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -203,7 +213,8 @@ def read_config(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: is no configuration of a run ({error})") from None
     # What runs did before there were such fields.
-    stored = {"lr_steps": stored.get("steps"), "reference_dtype": "same", "evaluation_length": None, "reward_eos": None} | stored
+    stored = {"lr_steps": stored.get("steps"), "reference_dtype": "same", "evaluation_length": None, "reward_eos": None,
+              "shard": None} | stored
     for f in FIELDS:
         if f.name not in stored:
             raise ValueError(f"{file}: lacks {f.name}: written by another version of train.py")
