@@ -419,12 +419,14 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype | None = None,
-                        device: torch.device | str | None = None, progress: bool = False) -> Llama:
+                        device: torch.device | str | None = None, progress: bool = False,
+                        part: Callable[[Tensor], Tensor] | None = None) -> Llama:
         """Read a Hugging Face folder (or org/name on its hub), a folder of Meta's, or a GGUF file.
 
         dtype None keeps what is stored (GGUF: float32). The model is built without memory and filled tensor by tensor,
         so at most one tensor is in memory twice. It comes back in eval mode; `progress` shows a bar from the second
-        second on. Raises FileNotFoundError or ValueError naming the file and the tensor.
+        second on; part: see formats.tensors.load_tensors. Raises FileNotFoundError or ValueError naming the file and the
+        tensor.
         """
         try:
             from formats.tensors import load_tensors
@@ -432,7 +434,7 @@ class Llama(nn.Module):
             model, tensors = open_plain_folder(Path(path), dtype, device)
         else:
             model, stored = open_model(path)
-            tensors = ((name, tensor) for _, name, tensor in load_tensors(stored, dtype, device, progress, like=model))
+            tensors = ((name, tensor) for _, name, tensor in load_tensors(stored, dtype, device, progress, model, part))
         fill(model, tensors)
         model._tie()
         return model.eval()

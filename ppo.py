@@ -707,7 +707,7 @@ class Alone:
     of an optimiser step are shared. So every mean, deviation and check above is of the whole, whoever computes it.
     """
 
-    rank, size = 0, 1
+    rank, size, in_step = 0, 1, False
 
     def rows(self, n: int) -> slice:
         """Which of n rows this process samples and scores: so many of them, side by side."""

@@ -103,19 +103,21 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype | None = None,
-                        device: torch.device | str | None = None) -> RewardModel:
+                        device: torch.device | str | None = None, part: Callable[[Tensor], Tensor] | None = None
+                        ) -> RewardModel:
         """Read our layout, transformers' LlamaForSequenceClassification with one label, or AlpacaFarm's reward model.
 
         Without model.py and formats/ beside this file the backbone is transformers' (and AlpacaFarm's layout is not read).
 
-        dtype None keeps what is stored; the head is float32 in any case. The model comes back in eval mode. Raises
-        FileNotFoundError or ValueError that names the file and what is wrong with it.
+        dtype None keeps what is stored; the head is float32 in any case. The model comes back in eval mode; part, of the
+        backbone's tensors: see formats.tensors.load_tensors. Raises FileNotFoundError or ValueError that names the file and
+        what is wrong with it.
         """
         try:
             import formats  # noqa: F401
         except ImportError:  # this file was copied alone
             return _load_alone(cls, Path(path), dtype, device).eval()
-        return _load(cls, Path(path), dtype, device).eval()
+        return _load(cls, Path(path), dtype, device, part).eval()
 
     def save_pretrained(self, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write the layout described at the top. `dtype` is the backbone's on disk (None: as it is); head float32.
@@ -258,8 +260,8 @@ def open_backbone(directory: str | os.PathLike) -> tuple[nn.Module, dict[str, An
     return without_memory(config), stored
 
 
-def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
-          device: torch.device | str | None) -> RewardModel:
+def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None, device: torch.device | str | None,
+          part: Callable[[Tensor], Tensor] | None) -> RewardModel:
     from formats.read import local_copy
     from formats.tensors import check_names, load_tensors, parse_json, read_tensor
     from model import fill
@@ -276,7 +278,7 @@ def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None,
         raise ValueError(f"{directory}: score.weight has {len(head['weight'])} rows; a reward model has num_labels = 1")
     stored = {name.removeprefix("backbone_model."): tensor for name, tensor in stored.items()}
     wanted = check_names(directory, stored, {name: p for name, p in backbone.named_parameters() if name != "lm_head.weight"})
-    fill(backbone, ((name, tensor) for _, name, tensor in load_tensors(wanted, dtype, device, like=backbone)))
+    fill(backbone, ((name, tensor) for _, name, tensor in load_tensors(wanted, dtype, device, like=backbone, part=part)))
     backbone.lm_head.weight = backbone.model.embed_tokens.weight
     about = {"mean": -head.get("bias", torch.zeros(1)).item(), "std": 1.0}
     if alpacafarm:  # it was trained on Alpaca's prompts, and without EOS

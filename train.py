@@ -48,6 +48,7 @@ from training.origin import check_origin, texts_digest
 from training.plan import plan_of
 from training.progress import LEGEND, StepProgress, describe_run, save_samples, step_line
 from training.rewards import is_rule
+from training.shard import Shards, require_sharable, shards_of
 from training.watch import Watch
 
 # Which model lives where (the paper's two GPUs, "Limitations"). --policy-device and --reference-device override it; with
@@ -59,9 +60,11 @@ REFERENCE_DEVICE = "cuda:1"  # reference and reward: frozen
 def train(run: RunConfig, resume: bool = False) -> Path:
     """The whole run, in a folder that no other process is in; returns it."""
     ranks.require_even(run.ppo)
+    require_sharable(run, resume)
     out = Path(run.out)
     with contextlib.ExitStack() as until_the_end:
         ranks.first(until_the_end.enter_context, locked(out))
+        until_the_end.callback(setattr, ranks.Ranks, "in_step", False)
         train_in(out, run, resume)
     return out
 
@@ -69,7 +72,9 @@ def train(run: RunConfig, resume: bool = False) -> Path:
 def train_in(out: Path, run: RunConfig, resume: bool) -> None:
     """From the data to the last table; every check that needs no model comes first."""
     checkpoint = ranks.first(check_run_folder, out, resume)  # before anything slow
-    models, state, benchmark = ranks.each(lambda: prepare(run, checkpoint))
+    shards = ranks.each(lambda: shards_of(run))
+    ranks.Ranks.in_step = shards is not None
+    models, state, benchmark = ranks.each(lambda: prepare(run, checkpoint, shards))
     ranks.require_equal("what is loaded:", state.origin | {"dtype": run.dtype, "step": state.step})
     ranks.alike(models.trained())
     ranks.first(write_json, out / "config.json", run.to_dict())
@@ -87,7 +92,7 @@ def train_in(out: Path, run: RunConfig, resume: bool) -> None:
     ranks.first(finish, out, benchmark)
 
 
-def prepare(run: RunConfig, checkpoint: Path | None) -> tuple[Models, State, Benchmark | None]:
+def prepare(run: RunConfig, checkpoint: Path | None, shards: Shards | None) -> tuple[Models, State, Benchmark | None]:
     """Everything that a run needs, as it is before its first step or where the checkpoint left it."""
     torch.manual_seed(run.seed)
     tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
@@ -99,7 +104,7 @@ def prepare(run: RunConfig, checkpoint: Path | None) -> tuple[Models, State, Ben
     if checkpoint:
         check_origin(checkpoint, origin, vars(run))
     print(place(run))
-    models = build_models(run, tokenizer)
+    models = build_models(run, tokenizer, shards)
     print("\n".join(models.notes))
     optimizer = torch.optim.Adam(models.trained(), lr=run.ppo.learning_rate, eps=run.ppo.adam_eps)
     state = State(optimizer, prompts, PromptStream(len(prompts.ids), run.seed),
@@ -118,7 +123,7 @@ def explain(error: Exception, out: Path, step: int, sampled: list[tuple[torch.Te
     team = ranks.here()
     if getattr(error, "everybodys", False):  # met in another process perhaps: all of them are here, to say what they sampled
         sampled = [chunk for part in team.gather(lambda: sampled) for chunk in part]
-    if team.rank:
+    if team.rank and ranks.is_everybodys(error):
         return str(error)
     bundle = "" if isinstance(error, ranks.Lost) else save_bundle(out, step, error, sampled)
     return f"step {step}: {error}{bundle}; {checkpoints_line(out)}"

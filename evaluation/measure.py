@@ -27,11 +27,11 @@ from data import left_pad, load_instructions, right_pad, tokenize_prompts
 from divergences import true_kl
 from evaluation.factuality import FactCount, fact_figures
 from evaluation.statistics import mean_and_error, ratio_and_error, win_rate
-from model import generate
 from ppo import Actors
 from training.config import RunConfig
-from training.models import Models, folded
+from training.models import Models
 from training.ranks import here
+from training.shard import InStep, sample
 
 
 @dataclass
@@ -93,7 +93,7 @@ def evaluate_policy(models: Models, run: RunConfig, benchmark: Benchmark, label:
     kl_tokens: on so many the true KL is measured; 0 means on the responses to the benchmark alone. estimators: whose quality is
     measured beside it. label: for the progress bars.
     """
-    with folded(models.policy):
+    with models.to_sample():
         length = run.evaluation_length or run.ppo.response_length
         answers = answer(models.policy, models.tokenizer, benchmark, max_new_tokens=length, temperature=run.ppo.temperature,
                          seed=run.seed, label=label, kl_tokens=kl_tokens)
@@ -197,11 +197,13 @@ def sample_responses(policy: Any, tokenizer: Any, prompts: Sequence[Sequence[int
             mine = team.rows(len(rows))
             if rows[mine]:
                 ids, mask = left_pad([prompts[i] for i in rows[mine]], pad_token_id)
-                sampled = generate(policy, ids.to(device), mask.to(device), max_new_tokens, temperature=temperature,
-                                   eos_token_id=stops, pad_token_id=pad_token_id, generator=uniforms[:, mine])
+                sampled = sample(policy, ids.to(device), mask.to(device), max_new_tokens, temperature=temperature,
+                                 eos_token_id=stops, pad_token_id=pad_token_id, generator=uniforms[:, mine])
                 for i, tokens in zip(rows[mine], sampled.tolist(), strict=True):
                     end = next((t for t, token in enumerate(tokens) if token in stops), len(tokens))
                     found[i] = tokens[:end + 1]
+            else:
+                InStep(policy, max_new_tokens).to_the_end()
             bar.update(len(rows))
         return found
 
@@ -244,7 +246,7 @@ def token_divergences(actors: Actors, prompts: Sequence[Sequence[int]], response
         values = divergences_of_batch(actors.policy(sequence.to(first), attention.to(first), T),
                                       actors.reference(sequence.to(second), attention.to(second), T),
                                       tokens, temperature, estimators or {})
-        bar.update(actors.team.size * int(real.sum()))
+        bar.update(min(actors.team.size * int(real.sum()), bar.total - bar.n))
         return real.sum(1).tolist(), {name: value.view(real.shape)[real] for name, value in values.items()}
 
     with bar:
@@ -255,8 +257,15 @@ def token_divergences(actors: Actors, prompts: Sequence[Sequence[int]], response
 
 def shared(team: Any, work: Callable, items: list) -> list:
     """work(item) of each item, in their order, whoever of the team does which."""
-    found = team.gather(lambda: [(k, work(items[k])) for k in team.share(list(range(len(items))))])
-    return [result for _, result in sorted((pair for part in found for pair in part), key=lambda pair: pair[0])]
+    def do_mine() -> dict[int, Any]:
+        mine = team.share(list(range(len(items))))
+        most = -(-len(items) // team.size)
+        if team.in_step:  # the others' forward passes take this process too: it does the first once more
+            mine += [0] * (most - len(mine))
+        return {k: work(items[k]) for k in mine}
+
+    found = {k: result for part in team.gather(do_mine) for k, result in part.items()}
+    return [found[k] for k in range(len(items))]
 
 
 def divergences_of_batch(logits: Tensor, ref_logits: Tensor, tokens: Tensor, temperature: float,

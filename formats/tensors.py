@@ -78,8 +78,12 @@ def check_names(path: str | Path, stored: dict[str, Stored], expected: Mapping[s
 
 
 def load_tensors(stored: dict[str, Stored], dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-                 progress: bool = False, like: nn.Module | None = None) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, name, tensor) for each, converted and moved, one in memory at a time. Shapes must be those of `like`."""
+                 progress: bool = False, like: nn.Module | None = None, part: Callable[[Tensor], Tensor] | None = None
+                 ) -> Iterator[tuple[Path, str, Tensor]]:
+    """(file, name, tensor) for each, converted and moved, one in memory at a time. Shapes must be those of `like`.
+
+    part(tensor), if given, is what is kept of each as it is stored, in memory, dtype and device of its own.
+    """
     # A model's final norm is near 1, a difference's near 0: read first, it spares reading the rest.
     names = sorted(stored, key=lambda name: not name.endswith("model.norm.weight"))
     for name in with_bar(names, "load", progress):
@@ -89,8 +93,8 @@ def load_tensors(stored: dict[str, Stored], dtype: torch.dtype | None = None, de
                              f"{tuple(shape)}")
         if name.endswith("model.norm.weight"):
             refuse_difference(file.parent, tensor)
-        moved = tensor.to(device=device, dtype=dtype)
-        if moved.data_ptr() == tensor.data_ptr() and not stored[name].copied:
+        moved = tensor.to(device=device, dtype=dtype) if part is None else part(tensor)
+        if part is None and moved.data_ptr() == tensor.data_ptr() and not stored[name].copied:
             moved = moved.clone()  # a view of the file would change when the file does
         del tensor  # or it would still be there while the next one is read
         yield file, name, moved

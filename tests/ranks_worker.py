@@ -24,7 +24,7 @@ from runs import settings, to_flags
 
 import ppo
 import train
-from training import checkpoint, models, ranks
+from training import checkpoint, models, ranks, shard
 
 RANK = int(os.environ.get("RANK", 0))
 ONE_STEP = {"steps": 1, "evaluation": None}
@@ -65,8 +65,9 @@ def recorded() -> Iterator[dict]:
 def play(folder: Path, scene: str, flags: list[str]) -> None:
     """train.main with those flags, as this process sees it."""
     out, err = io.StringIO(), io.StringIO()
+    store = dist.PrefixStore(scene, ranks.common)  # else what one scene told would silence the next one
     with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), changed(sys, argv=["train.py", *flags]),
-          recorded() as kept):
+          changed(ranks, common=store), recorded() as kept):
         try:
             code = train.main()
         except SystemExit as left:
@@ -154,14 +155,20 @@ def unseeded_dropout() -> Iterator[None]:
 @contextlib.contextmanager
 def first_columns() -> Iterator[None]:
     """Each process draws for as many responses as it has, not for all of which it has some."""
-    generate = models.generate
+    generate = models.sample
 
     def generate_with_first(*args, generator, **rest):
         first = torch.rand(generator.shape, generator=torch.Generator().manual_seed(0))
         return generate(*args, generator=first, **rest)
 
-    with changed(models, generate=generate_with_first):
+    with changed(models, sample=generate_with_first):
         yield
+
+
+def others_rows(self, dtype, device, rows=shard.Shards.rows):
+    """Each process takes the other's rows for its own."""
+    part = rows(self, dtype, device)
+    return lambda tensor: part(tensor.roll(len(tensor) // 2, 0))
 
 
 MUTANTS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
@@ -208,6 +215,18 @@ def main() -> None:
         for name, mutant in MUTANTS.items():
             with mutant(), changed(train, finish=lambda *_: None):
                 play(folder, name, flags(name, **ONE_STEP))
+        ending = {"policy": str(folder / "ending")}
+        play(folder, "whole", flags("whole", shard="whole", **ending))
+        with changed(shard.Shards, rows=others_rows), changed(train, finish=lambda *_: None):
+            play(folder, "others_rows", flags("others_rows", shard="whole", **ending, **ONE_STEP))
+        play(folder, "in_step", [*flags("in_step", shard="in-step", **ending), "--gradient-checkpointing"])
+        play(folder, "sharded_resumed", ["--resume", "--out", str(begun.with_name("begun-to-shard")), "--shard", "in-step"])
+        play(folder, "two_devices", flags("two_devices", shard="auto", reference_device="cpu:0"))
+        play(folder, "sharded_rule", flags("sharded_rule", evaluation=None, reward=f"{folder / 'rules.py'}:rule", shard="whole"))
+        with meddling(terminated):
+            play(folder, "sharded_term", flags("sharded_term", evaluation=None, save_every=99, shard="in-step"))
+        with meddling(fault):  # the last of all: the first process loses the second
+            play(folder, "sharded_fault", flags("sharded_fault", evaluation=None, shard="whole"))
 
 
 if __name__ == "__main__":

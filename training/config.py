@@ -71,7 +71,7 @@ class RunConfig:
                          ("auto", "float32", "bfloat16", "float16"))
     reference_dtype: str = setting("same", "placement", "", "of reference and reward (the released code: float32); same: dtype",
                                    ("same", "float32", "bfloat16", "float16"))
-    shard: str | None = setting(None, "placement", "", "torchrun: each process of a machine holds its share of the frozen weights; "
+    shard: str | None = setting(None, "placement", "", "torchrun: each process of a machine holds a share of the frozen weights; "
                                 "they are put together for sampling (whole) or layer by layer (in-step); auto: whole where there "
                                 "is room", ("auto", "whole", "in-step"), bare="auto")
     tuning: str = setting("lora", "tuned weights", "", "lora, or full fine-tuning of policy and value", ("lora", "full"))

@@ -12,7 +12,7 @@ off, the value model is the reward model's backbone with an adapter. That is exa
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,14 +24,15 @@ from formats.read import local_copy
 from formats.tokenizer import check_vocabulary, describe_tokenizer, window_warning
 from lora import (add_lora, load_lora, lora_cast, lora_disabled, lora_layers, lora_snapshot, lora_state_dict, lora_weights,
                   merge_lora, unmerge_lora)
-from model import Llama, ValueModel, generate
+from model import Llama, ValueModel
 from ppo import Actors, PPOConfig
 from reward import RewardModel
 from training.config import RunConfig
 from training.devices import resolve_devices
 from training.origin import file_digest, frozen_weights, weights_digest
-from training.ranks import here
+from training.ranks import agreed, here
 from training.rewards import Asked, LoadedReward, Record, load_reward
+from training.shard import Shards, gathered, is_cut, sample
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Models:
     shared_critic: bool               # the value model's backbone is the reward model's
     start: dict[str, Tensor]          # the adapter that a shared policy started from, which its reference keeps on
     notes: list[str]                  # what building them showed, for the program to print
+    shards: Shards | None = None      # who holds which frozen weights (--shard); None: this process all
     sampled: list[tuple[Tensor, ...]] = field(default_factory=list)  # prompts, mask, responses since `actors`: for whoever looks
                                                                      # into a reward that failed on them
 
@@ -65,6 +67,8 @@ class Models:
     def reward(self, input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
         """Scores (B,) of sequences whose last n positions are the response's."""
         with self.reward_as_stored():
+            if self.shards and not self.rewards.model:  # a rule may fail in one process, and the others wait for its weights
+                return agreed(lambda: self.rewards.score(input_ids, attention_mask, n))
             return self.rewards.score(input_ids, attention_mask, n)
 
     def score_texts(self, records: Sequence[Record], answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
@@ -81,6 +85,15 @@ class Models:
         if not self.shared:
             return nullcontext()
         return lora_weights(self.policy, self.start) if self.start else lora_disabled(self.policy)
+
+    @contextmanager
+    def to_sample(self) -> Iterator[None]:
+        """Inside, the policy is at its fastest for sampling: put together, if it is sharded and has room; its adapter folded."""
+        with ExitStack() as stack:
+            if self.shards and self.shards.whole:
+                stack.enter_context(gathered(self.policy))
+            stack.enter_context(folded(self.policy))
+            yield
 
     def actors(self, config: PPOConfig, generator: torch.Generator | None = None) -> Actors:
         """As ppo.collect and ppo.update call them, for one rollout: what decides its samples is drawn for all of it at once from
@@ -100,14 +113,14 @@ class Models:
                 draws.append(left[:, n:])
             return left[:, :n]
 
-        def sample(prompts: Tensor, prompt_mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-            with folded(self.policy):
-                answers = generate(self.policy, prompts, prompt_mask, config.response_length, temperature=config.temperature,
-                                   generator=next_draws(len(prompts)), return_logprobs=exact_sampler(self.policy), **ends)
+        def answer(prompts: Tensor, prompt_mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            with self.to_sample():
+                answers = sample(self.policy, prompts, prompt_mask, config.response_length, temperature=config.temperature,
+                                 generator=next_draws(len(prompts)), return_logprobs=exact_sampler(self.policy), **ends)
             self.sampled.append((prompts, prompt_mask, answers[0] if isinstance(answers, tuple) else answers))
             return answers
 
-        return Actors(self.policy_logits, self.value, self.reference_logits, self.reward, sample, **ends,
+        return Actors(self.policy_logits, self.value, self.reference_logits, self.reward, answer, **ends,
                       policy_device=self.policy_device, reference_device=self.reference_device, team=team)
 
     @cached_property
@@ -135,8 +148,8 @@ class Models:
 @contextmanager
 def folded(policy: Llama) -> Iterator[None]:
     """For sampling: in float32 the adapter is folded into the weights, which saves its cost at every token; in bf16 the fold
-    would round small updates away, so there it stays apart and is rounded by itself."""
-    if not exact_sampler(policy):
+    would round small updates away, so there it stays apart and is rounded by itself. Apart, too, from weights that are cut."""
+    if not exact_sampler(policy) or is_cut(policy):
         with lora_cast(policy):
             yield
         return
@@ -171,23 +184,26 @@ def reference_dtype(run: RunConfig, dtype: torch.dtype) -> torch.dtype:
 # ------------------------------------------------------------------------------------------------------------- building
 
 
-def build_models(run: RunConfig, tokenizer: Any) -> Models:
-    """Loads policy, value, reference and reward and puts each on its device."""
+def build_models(run: RunConfig, tokenizer: Any, shards: Shards | None = None) -> Models:
+    """Loads policy, value, reference and reward and puts each on its device; shards: over which processes (--shard)."""
     policy_device, reference_device, _ = resolve_devices(run.policy_device, run.reference_device)
     dtype = choose_dtype(run, policy_device)
     frozen_dtype = reference_dtype(run, dtype)
     shared = run.tuning == "lora" and policy_device == reference_device and frozen_dtype == dtype
     notes = [str(dtype).removeprefix("torch.")
              + (f", reference and reward {str(frozen_dtype).removeprefix('torch.')}" if frozen_dtype != dtype else "")
-             + ("; one device: frozen weights are shared, two models instead of four" if shared else "")]
+             + ("; one device: frozen weights are shared, two models instead of four" if shared else "")
+             + (f"; {shards.in_words()}" if shards else "")]
+    rows, frozen_rows = (shards and shards.rows(its, policy_device) for its in (dtype, frozen_dtype))
 
-    policy = load_policy(run, tokenizer, dtype, policy_device, notes)
+    policy = load_policy(run, tokenizer, notes, dtype=dtype, device=policy_device, part=rows)
     reference = policy
     if not shared:
-        reference = Llama.from_pretrained(run.policy, dtype=frozen_dtype, device=reference_device, progress=True)
+        reference = Llama.from_pretrained(run.policy, frozen_dtype, reference_device, progress=True, part=frozen_rows)
         reference.requires_grad_(False)
     asked = Asked(tokenizer, run.prompt_template)
-    rewards = load_reward(run, tokenizer, asked, frozen_dtype, reference_device, notes) if run.reward else None
+    rewards = load_reward(run, tokenizer, asked, notes, dtype=frozen_dtype, device=reference_device,
+                          part=frozen_rows) if run.reward else None
     its_ids = rewards is not None and rewards.its_ids
     if not its_ids:
         notes.append("value: starts from the policy's weights, as there is no reward model with the policy's tokenizer")
@@ -195,7 +211,7 @@ def build_models(run: RunConfig, tokenizer: Any) -> Models:
     elif shared:
         backbone = rewards.model.backbone
     else:
-        backbone = RewardModel.from_pretrained(run.reward, dtype=dtype, device=policy_device).backbone
+        backbone = RewardModel.from_pretrained(run.reward, dtype, policy_device, rows).backbone
     value = ValueModel(backbone)
     notes += window_warnings(run, policy.config, rewards.model.backbone.config if rewards and rewards.model else None)
 
@@ -211,8 +227,12 @@ def build_models(run: RunConfig, tokenizer: Any) -> Models:
         backbone.requires_grad_(True)  # its output layer is the embedding, tied, and so trains with it
     reference.eval()
     policy.gradient_checkpointing = backbone.gradient_checkpointing = run.gradient_checkpointing
+    if shards:
+        frozen = [rewards.model.backbone] if rewards and rewards.model else []
+        for model in {id(model): model for model in (policy, reference, backbone, *frozen)}.values():
+            shards.cut(model)
     models = Models(policy, value, reference, rewards, asked, tokenizer, policy_device, reference_device, shared,
-                    shared and its_ids, start, notes)
+                    shared and its_ids, start, notes, shards)
     models.mode(training=False)
     return models
 
@@ -225,9 +245,10 @@ def window_warnings(run: RunConfig, policy: Any, reward: Any) -> list[str]:
             for line in window_warning(tokens, config.max_position_embeddings, f"{name}, {flags}")]
 
 
-def load_policy(run: RunConfig, tokenizer: Any, dtype: torch.dtype, device: str, notes: list[str]) -> Llama:
-    """The policy's model as it is stored, after a look at its tokenizer and at the layers that are to be adapted."""
-    policy = Llama.from_pretrained(run.policy, dtype=dtype, device=device, progress=True)
+def load_policy(run: RunConfig, tokenizer: Any, notes: list[str], **how: Any) -> Llama:
+    """The policy's model as it is stored, after a look at its tokenizer and at the layers that are to be adapted. how: dtype,
+    device and part, as from_pretrained takes them."""
+    policy = Llama.from_pretrained(run.policy, progress=True, **how)
     rows = policy.config.vocab_size
     unused = check_vocabulary(tokenizer, rows, f"--policy {run.policy}")
     notes.append(f"{describe_tokenizer(tokenizer)}; {rows:,} embedding rows in the policy"

@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 ORIGIN = "origin.json"  # in a checkpoint's trainer/
 WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,8 +36,11 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Of names, types, shapes and, for each tensor, the sum of its bit patterns: exact on every device and as fast as memory."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        bits = tensor.detach().contiguous().view(WIDTHS[tensor.element_size()]).sum(dtype=torch.int64).item()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {bits}\n".encode())
+        mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        bits = mine.detach().contiguous().view(WIDTHS[tensor.element_size()]).sum(dtype=torch.int64)
+        if isinstance(tensor, DTensor):  # this process's rows of it (--shard)
+            dist.all_reduce(bits, group=tensor.device_mesh.get_group())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {bits.item()}\n".encode())
     return digest.hexdigest()[:16]
 
 

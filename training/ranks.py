@@ -35,6 +35,7 @@ from ppo import Alone, NotFinite, PPOConfig, Stats
 
 GRACE = 20                       # seconds; for a process that leaves without a word, so that another one can have it
 TIMEOUT = timedelta(minutes=30)  # NCCL's own 10 are less than a rollout may take
+common: dist.Store | None = None  # what all processes of this start read and write, while torchrun lives
 
 
 class Lost(ConnectionError):
@@ -43,6 +44,8 @@ class Lost(ConnectionError):
 
 class Ranks:
     """The twin of ppo.Alone for the processes of torch.distributed's default group."""
+
+    in_step = False  # whether each forward pass takes all of them (--shard)
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -54,13 +57,15 @@ class Ranks:
         return slice(start, start + share + (self.rank < more))
 
     def gather(self, work: Callable[[], Any]) -> list:
-        """What work() gives in every process. Where it fails in some, all raise the first one's error, marked as everybody's."""
-        try:
-            mine, failed = work(), False
-        except Exception as error:
-            mine, failed = error, True
-            if self.rank:
-                error.add_note(f"in rank {self.rank}:\n{traceback.format_exc()}")
+        """What work() gives in every process. Where it fails in some, all raise the first one's error, marked as everybody's; in
+        step, where the others may be waiting inside of a forward pass, it is raised at once, and they lose a process."""
+        mine, failed = attempt(work)
+        if failed and self.in_step:
+            raise mine
+        return self.exchange(mine, failed)
+
+    def exchange(self, mine: Any, failed: bool) -> list:
+        """What all found; the first error among it is raised."""
         found: list = [None] * self.size
         with watching():
             dist.all_gather_object(found, (failed, portable(mine) if failed else mine))
@@ -108,6 +113,26 @@ def each(work: Callable[[], Any]) -> Any:
     found: list = []
     here().gather(lambda: found.append(work()))
     return found[0]
+
+
+def agreed(work: Callable[[], Any]) -> Any:
+    """each, for work without a forward pass that all processes do at the same time: where it fails in one, it does in all even in
+    step."""
+    if here().size == 1:
+        return work()
+    mine, failed = attempt(work)
+    here().exchange(mine if failed else None, failed)
+    return mine
+
+
+def attempt(work: Callable[[], Any]) -> tuple[Any, bool]:
+    """(what work() gives, False), or (the error that it raises, True)."""
+    try:
+        return work(), False
+    except Exception as error:
+        if rank := here().rank:
+            error.add_note(f"in rank {rank}:\n{traceback.format_exc()}")
+        return error, True
 
 
 def alike(tensors: Sequence[Tensor]) -> None:
@@ -162,10 +187,12 @@ def joined() -> Iterator[None]:
     gpus = own_gpus(visible_gpus(), local, siblings)
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    global common
     with watching():
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=fresh(store, rank, size), rank=rank,
-                                world_size=size, timeout=TIMEOUT)
+        common = fresh(store, rank, size)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=common, rank=rank, world_size=size,
+                                timeout=TIMEOUT)
     yield
     dist.destroy_process_group()  # not after an error: the others may be gone
 
@@ -263,8 +290,14 @@ def is_everybodys(error: Exception) -> bool:
 
 
 def tells(error: Exception) -> bool:
-    """Whether this process is to say what ended it: rank 0, and one that met an error which the others know nothing of."""
-    return speaks() or dist.is_initialized() and not is_everybodys(error) and not isinstance(error, Lost)
+    """Whether this process is to say what ended it: rank 0 what all know, and of all else whoever comes first. An error of one
+    process breaks the others' connections, so that they come later."""
+    if common is None or is_everybodys(error):
+        return speaks()
+    try:
+        return common.add("told", 1) == 1
+    except RuntimeError:  # torchrun is gone, too
+        return True
 
 
 def leave(error: Exception) -> None:

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data import encode_pair, format_prompt, get_template
 from formats.tokenizer import check_vocabulary, load_tokenizer
 from reward import (Reward, RewardModel, apply_rule, retokenising_scorer, rule_scorer, same_ids, score_all, scorer)
@@ -89,8 +87,9 @@ class Reader:
                                        .to(self.model.mean.device)).tolist()
 
 
-def load_reward(run: RunConfig, tokenizer: Any, asked: Asked, dtype: torch.dtype, device: str, notes: list[str]) -> LoadedReward:
-    """The run's reward model or rule; a rule reads texts. notes: how it reads, for the program to print."""
+def load_reward(run: RunConfig, tokenizer: Any, asked: Asked, notes: list[str], **how: Any) -> LoadedReward:
+    """The run's reward model or rule; a rule reads texts. notes: how it reads, for the program to print. how: dtype, device and
+    part, as from_pretrained takes them."""
     if is_rule(run.reward):
         notes.append(f"reward: the rule {run.reward}, on texts")
         rule = load_rule(run.reward)
@@ -100,7 +99,7 @@ def load_reward(run: RunConfig, tokenizer: Any, asked: Asked, dtype: torch.dtype
             return apply_rule(rule, prompts, answers).tolist()
 
         return LoadedReward(rule_scorer(rule, tokenizer, asked.prompt), score_texts, file=run.reward.rpartition(":")[0])
-    reader, note = open_reader(run.reward, "--reward", run.prompt_template, run.reward_eos, dtype, device)
+    reader, note = open_reader(run.reward, "--reward", run.prompt_template, run.reward_eos, **how)
     its_ids = same_ids(tokenizer, reader.tokenizer)
     if its_ids and encode_pair(PROBE, "The Elbe.", tokenizer, run.prompt_template) == encode_pair(
             PROBE, "The Elbe.", reader.tokenizer, reader.template):
@@ -119,15 +118,14 @@ def load_reward(run: RunConfig, tokenizer: Any, asked: Asked, dtype: torch.dtype
                         reader.model, its_ids=its_ids)
 
 
-def open_reader(name: str, flag: str, template: str, eos: str | None, dtype: torch.dtype | None, device: Any
-                ) -> tuple[Reader, str]:
+def open_reader(name: str, flag: str, template: str, eos: str | None, **how: Any) -> tuple[Reader, str]:
     """(a stored reward model with what it reads, words that say where its score is read).
 
-    template and eos ("yes", "no", None) count where its folder doesn't say what it was trained with. Raises ValueError where eos
-    contradicts it, or where it has no such template.
+    how: as from_pretrained takes it. template and eos ("yes", "no", None) count where its folder doesn't say what it was trained
+    with. Raises ValueError where eos contradicts it, or where it has no such template.
     """
     require_model_name(name, flag)
-    model = RewardModel.from_pretrained(name, dtype=dtype, device=device).requires_grad_(False)
+    model = RewardModel.from_pretrained(name, **how).requires_grad_(False)
     template = model.prompt_template or template
     tokenizer = load_tokenizer(name).for_template(template)
     check_vocabulary(tokenizer, model.backbone.config.vocab_size, f"{flag} {name}")

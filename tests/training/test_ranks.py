@@ -4,6 +4,7 @@ tests/ranks_worker.py plays every scene in two processes over gloo, in one start
 """
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -48,15 +49,27 @@ def alone(world, tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def two(world, alone, tmp_path_factory) -> Path:
+def ending(world, tmp_path_factory) -> dict:
+    """The same of a policy, `ending` beside the run, of which every fifth token ends a response."""
+    folder = tmp_path_factory.mktemp("ending")
+    shutil.copytree(world / "sft", folder / "ending")
+    (folder / "ending" / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(2, 2560, 5))}))
+    with recorded() as kept:
+        start(settings(world, folder / "run", policy=str(folder / "ending")))
+    return kept | {"out": folder / "run"}
+
+
+@pytest.fixture(scope="module")
+def two(world, alone, ending, tmp_path_factory) -> Path:
     """The folder in which two processes have played all scenes."""
     folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(ending["out"].with_name("ending"), folder / "ending")
     (folder / "rules.py").write_text(RULE)
-    for name in ("begun-by-one", "begun-to-restart"):
+    for name in ("begun-by-one", "begun-to-restart", "begun-to-shard"):
         shutil.copytree(alone["out"], folder / name)
         for step in checkpoints(folder / name)[1:]:
             shutil.rmtree(step)
-    for name, out in (("begun-by-one", "begun-by-one"), ("begun-to-restart", "restarted")):
+    for name, out in (("begun-by-one",) * 2, ("begun-to-restart", "restarted"), ("begun-to-shard",) * 2):
         config = folder / name / "config.json"
         config.write_text(config.read_text().replace(str(alone["out"]), str(folder / out)))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -150,6 +163,59 @@ def test_samples_do_not_depend_on_how_many_are_sampled_at_once(world, alone, tmp
     with recorded() as kept:
         start(settings(world, tmp_path / "run", rollout_micro_batch_size=3, steps=1, evaluation=None))
     assert differences(alone, kept) == []
+
+
+# --- frozen weights shared (--shard) -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["whole", "in_step"])
+def test_a_sharded_run_is_that_of_one_process(ending, two, name):
+    """In step with gradient checkpointing, which changes no number."""
+    lengths = ending["rollout"]["mask"].sum(1)
+    assert lengths[:4].max() != lengths[4:].max()  # one process's rows end before the other's
+    assert differences(ending, scene(two, name)) == []
+    assert_like(ending["out"], two / name)
+
+
+def test_rows_in_the_wrong_place_are_noticed(ending, two):
+    assert differences(ending, scene(two, "others_rows")) != []
+
+
+def test_a_sharded_run_is_resumed_by_one_process_and_the_reverse(alone, ending, two, tmp_path):
+    assert "resumed from" in scene(two, "sharded_resumed")["out"]
+    assert_like(alone["out"], two / "begun-to-shard")
+    out = Path(shutil.copytree(two / "in_step", tmp_path / "run"))
+    for step in checkpoints(out)[1:]:
+        shutil.rmtree(step)
+    assert "frozen weights over" not in start({"out": str(out)}, resume=True)
+    assert_like(ending["out"], out)
+
+
+def test_what_cannot_be_sharded_is_refused_in_one_line(two, world, tmp_path):
+    assert "all four models of a process stand on one device, not on cpu and cpu:0" in one_line(two, "two_devices", 2)
+    with pytest.raises(ValueError, match="--shard: there is one process, which holds it all"):
+        start(settings(world, tmp_path / "one", shard="auto"))
+    with pytest.raises(ValueError, match="--shard with --tuning full: only frozen weights are sharded"):
+        configured(world, tmp_path / "full", shard="auto", tuning="full")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_rule_that_fails_in_one_of_sharded_processes_ends_all_with_one_line(two):
+    assert "step 2: the rule rules.py:rule raised LookupError: no such word" in one_line(two, "sharded_rule", 1)
+    assert (two / "sharded_rule" / "debug-step-0002.pt").is_file()
+
+
+def test_a_signal_to_one_of_sharded_processes_ends_all_after_the_same_step(two):
+    assert f"stopped by SIGTERM after step 1 of {STEPS}" in scene(two, "sharded_term")["out"]
+    assert [p.name for p in checkpoints(two / "sharded_term")] == ["step-0001"]
+
+
+def test_a_fault_in_one_of_sharded_processes_is_told_by_that_one_alone(two):
+    """The other waits in a forward pass, for weights that don't come, and loses the connection."""
+    first, second = (torch.load(two / f"sharded_fault-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert second["code"] == 1 and "KeyError: 'a fault of ours'" in second["err"]
+    assert first["code"] == 1 and first["err"] == ""
+    assert [p.name for p in checkpoints(two / "sharded_fault")] == ["step-0001"]
 
 
 # --- one voice ---------------------------------------------------------------------------------------------------------
