@@ -46,7 +46,7 @@ class Bench:
 
     def start(self, name: str, processes: int, *torchrun: str, resume: bool = False, **changes) -> subprocess.Popen:
         """train.py by so many processes (1: without torchrun), what it says in <name>.log."""
-        given = {"resume": True} if resume else FLAGS | {"evaluation": self.evaluation} | changes
+        given = ({"resume": True} if resume else FLAGS | {"evaluation": self.evaluation}) | changes
         flags = [str(word) for flag, value in ({"out": self.folder / name} | given).items()
                  for word in ([f"--{flag}"] if value is True else [f"--{flag}", value])]
         how = ["-m", "torch.distributed.run", *(torchrun or ["--standalone"]), "--nproc-per-node", str(processes)]
@@ -138,6 +138,96 @@ def same(bench: Bench) -> None:
         lines = [json.loads(line) for line in open(bench.folder / name / "metrics.jsonl", encoding="utf-8")]
         seconds[n] = median(sum(v for k, v in m.items() if k.startswith("seconds_")) for m in lines)
     bench.say("a step of 1, 2 and 4 processes, one thread each", ", ".join(f"{s:.2f}" for s in seconds.values()) + " s")
+
+
+def shard(bench: Bench) -> None:
+    """--shard, sampled whole and in step."""
+    for n in (2, 4):
+        for how in ("whole", "in-step"):
+            name = f"shard-{how}-{n}"
+            bench.start(name, n, shard=how).wait()
+            bench.compare(f"{n} processes, --shard {how}", name)
+
+
+def shard_resume(bench: Bench) -> None:
+    """Sharded by two, and resumed by others, sharded or not."""
+    for ended, changes in ((1, {}), (4, {"shard": "whole"})):
+        name = f"shard-2-to-{ended}"
+        bench.start(name, 2, shard="in-step").wait()
+        for step in checkpoints(bench.folder / name)[2:]:
+            shutil.rmtree(step)
+        bench.start(name, ended, resume=True, **changes).wait()
+        bench.compare(f"sharded by 2, resumed at step 2 by {ended}" + (", --shard whole" if changes else ""), name)
+
+
+def shard_failures(bench: Bench) -> None:
+    """SIGKILL and SIGTERM to one of two sharded processes, and torchrun's restart."""
+    name, out = "shard-kill", bench.folder / "shard-kill"
+    run = bench.start(name, 2, shard="in-step")
+    wait_for_step(run, out, 2)
+    pids, begun = workers(run), time.monotonic()
+    os.kill(pids[1], signal.SIGKILL)
+    while alive(pids) and time.monotonic() - begun < 60:
+        time.sleep(0.02)
+    over = time.monotonic() - begun
+    code, whole = run.wait(), [damage(step) is None for step in checkpoints(out)]
+    said = sum(line.startswith("train.py: ") for line in bench.log(name).splitlines())
+    bench.say("--shard, SIGKILL to rank 1 of 2", f"the other ended after {over:.1f} s, with {said} message; {len(whole)} "
+              f"checkpoints, {sum(whole)} of them whole", code == 1 and all(whole) and over < 60 and said == 1)
+    bench.start(name, 2, resume=True).wait()
+    bench.compare("... and resumed", name)
+    run = bench.start("shard-restart", 2, "--standalone", "--max-restarts", "1", shard="whole")
+    wait_for_step(run, bench.folder / "shard-restart", 2)
+    os.kill(workers(run)[0], signal.SIGKILL)
+    code, resumed = run.wait(), bench.log("shard-restart").count("resumed from")
+    found, right = bench.difference(bench.folder / "shard-restart")
+    bench.say("--shard, SIGKILL to rank 0 of 2 under --max-restarts 1",
+              f"exit code {code}, resumed by itself {resumed} time; {found}", right and code == 0 and resumed == 1)
+
+
+def loading(bench: Bench) -> None:
+    """By rows on three processes, in memory: each may take a third of the model and its largest tensor."""
+    import torch
+
+    from bench.loading import LAYOUTS
+    from model import Llama, LlamaConfig
+
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(vocab_size=16000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
+                              num_attention_heads=16))
+    size, largest = (f(p.nbytes for p in model.parameters()) for f in (sum, max))
+    for layout, write, dtype, _ in LAYOUTS:
+        if dtype != "float32":
+            continue
+        folder = bench.folder / layout.replace(" ", "-").replace(".", "")
+        folder.mkdir()
+        write(model, folder)
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", __file__,
+                               "--load", str(folder)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
+        bound = size / 3 + largest
+        pieces = largest if "files" in layout else 0  # mapped, beside the tensor that is made of them
+        bench.say(f"3 processes load {layout} ({size / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB)",
+                  f"resident at most {', '.join(f'{peak / 1e6:.0f}' for peak in peaks)} MB more; a third and the largest tensor: "
+                  f"{bound / 1e6:.0f} MB", len(peaks) == 3 and max(peaks) <= 1.1 * (bound + pieces))
+        shutil.rmtree(folder)
+
+
+def load_by_rows(folder: Path) -> None:
+    """In each of loading's three processes: prints what it took."""
+    import torch
+
+    from bench.loading import resident
+    from model import Llama
+    from training import ranks
+    from training.shard import Shards, machine_mesh
+
+    with ranks.joined():
+        part = Shards(machine_mesh("cpu"), whole=False).rows(torch.float32, "cpu")
+        before = resident("VmRSS")
+        model = Llama.from_pretrained(folder, part=part)
+        print(f"peak {resident('VmHWM') - before}", flush=True)
+        del model
 
 
 def resume(bench: Bench) -> None:
@@ -239,13 +329,18 @@ def lost_node(bench: Bench) -> None:
               f"through {time.monotonic() - begun:.0f} s later; {found}", right and code == 0 and resumed == 1)
 
 
-SCENES = {scene.__name__: scene for scene in (same, resume, kill, stop, restart, nodes, lost_node)}
+SCENES = {scene.__name__: scene for scene in (same, shard, resume, shard_resume, loading, kill, stop, restart, shard_failures,
+                                              nodes, lost_node)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", nargs="+", choices=SCENES, default=list(SCENES))
+    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # what `loading` starts three of
     args = parser.parse_args()
+    if args.load:
+        load_by_rows(args.load)
+        return 0
     bench = Bench(Path(tempfile.mkdtemp(prefix="distributed-")))
     print(f"{ROOT.name}: {' '.join(sys.argv)}; {os.cpu_count()} cores\n\n| what | found |\n| --- | --- |", flush=True)
     for name in args.only:

@@ -91,8 +91,8 @@ class RunConfig:
             raise ValueError(f"adapter {self.adapter} with tuning full: python lora.py merge makes one model of both, to name as "
                              "--policy")
         if self.shard and self.tuning == "full":
-            raise ValueError("shard with tuning full: only frozen weights are sharded, and nothing is frozen then; leave --shard "
-                             "away, or --tuning lora")
+            raise ValueError(f"shard {self.shard}: only frozen weights are sharded, and under --tuning full none are frozen: "
+                             "leave one of the two away")
         if self.steps > self.ppo.lr_steps:
             raise ValueError(f"steps is {self.steps}: must be at most lr_steps {self.ppo.lr_steps}, where the learning rate "
                              f"is 0; --lr-steps {self.steps} lets it fall more slowly")

@@ -921,3 +921,33 @@ def test_a_name_on_the_hub_is_loaded_and_an_unknown_or_unreachable_one_is_a_line
         weights = torch.load(tmp_path / file)
         assert all(torch.equal(weights[name], tensor) for name, tensor in theirs.state_dict().items())
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ by rows, for --shard
+
+
+def test_three_processes_load_every_layout_by_rows_and_none_ever_holds_the_model(tmp_path):
+    """tests/shard_worker.py. Of 4 key rows the third process has none."""
+    model = published(num_key_value_heads=4)
+    narrow = published(hidden_size=16, num_key_value_heads=1)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("bins", "narrow", "reward-ours", "shards", "tied"):
+        (tmp_path / name).mkdir()
+    write_bins(tmp_path / "bins", tensors, shards=3)
+    model.config.save_pretrained(tmp_path / "bins")
+    narrow.save_pretrained(tmp_path / "narrow")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    published(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    RewardModel(Llama.from_pretrained(tmp_path / "shards")).save_pretrained(tmp_path / "reward-ours")
+    write_meta(tmp_path / "meta", model, files=2)
+    write_gguf(tmp_path / "one.gguf", published(rope_theta=5000.0), "Q8_0")
+
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3",
+                    str(ROOT / "tests" / "shard_worker.py"), str(tmp_path)], check=True,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)})
+    of_ranks = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(3)]
+    assert sorted(of_ranks[0]) == ["bins", "meta", "narrow", "one.gguf", "reward-ours", "shards", "tied"]
+    for name in of_ranks[0]:
+        held, (whole, largest) = [found[name]["held"][0] for found in of_ranks], of_ranks[0][name]["held"][1:]
+        assert sum(held) == whole and max(held) <= whole / 3 + largest, name
+        assert max(found[name]["gap"] for found in of_ranks) <= 1e-6, name

@@ -195,7 +195,7 @@ def test_what_cannot_be_sharded_is_refused_in_one_line(two, world, tmp_path):
     assert "all four models of a process stand on one device, not on cpu and cpu:0" in one_line(two, "two_devices", 2)
     with pytest.raises(ValueError, match="--shard: there is one process, which holds it all"):
         start(settings(world, tmp_path / "one", shard="auto"))
-    with pytest.raises(ValueError, match="--shard with --tuning full: only frozen weights are sharded"):
+    with pytest.raises(ValueError, match="--shard auto: only frozen weights are sharded, and under --tuning"):
         configured(world, tmp_path / "full", shard="auto", tuning="full")
     assert not any(tmp_path.iterdir())
 
