@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 
 import train
+from bench import on_paper
+from bench.shapes import SHAPES
 from lora import add_lora, lora_parameters
 from model import Llama, LlamaConfig, ValueModel
 from ppo import PPOConfig
@@ -108,10 +111,7 @@ def test_plan_is_printed_before_anything_is_loaded_or_written(tmp_path, capsys, 
 # ------------------------------------------------------------------------------------------------------- several GPUs
 
 
-LLAMA = {"7B": LlamaConfig.llama_7b(),
-         "13B": LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
-         "70B": LlamaConfig(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-                            num_attention_heads=64, num_key_value_heads=8)}
+LLAMA = {"7B": SHAPES["llama-7b"](), "13B": SHAPES["llama-13b"](), "70B": SHAPES["llama3-70b"]()}
 
 
 def test_frozen_weights_are_counted_as_often_as_they_stand_in_memory(tmp_path):
@@ -227,3 +227,25 @@ def test_gpus_are_planned_in_their_own_dtype(capsys, monkeypatch):
         printed.append(capsys.readouterr().out.splitlines())
     auto, half, single = printed
     assert auto[1] == single[1] != half[1] and auto[-3:] == half[-3:] != single[-3:]
+
+
+def test_what_is_foretold_for_many_gpus_is_what_the_formulas_say():
+    """python bench/on_paper.py > bench/results/scale_on_paper.md after a change of either."""
+    stored = (ROOT / "bench" / "results" / "scale_on_paper.md").read_text(encoding="utf-8")
+    assert stored.endswith(on_paper.report()) and "nobody has run it" in stored
+
+
+def test_a_step_on_paper_costs_what_a_hand_count_says():
+    """LLaMA-7B: 6.74e9 weights, of which 6.48e9 in layers and 0.13e9 in the output layer."""
+    model, layers, head = SHAPES["llama-7b"](), 6.476e9, 0.131e9
+    one, eight = (on_paper.phases(model, "parallel", ranks, 1) for ranks in (1, 8))
+    assert one.update == pytest.approx(2 * 256 * (492 * 2 * 6 * layers + 300 * 4 * head) / 395.6e12, rel=1e-3)
+    assert one.traffic == 0 and eight.traffic == pytest.approx(7 / 8 * (4 * 2 * 4 * 16_777_216 + 256 * 300 * 21))
+    # Of 32 responses at once a token takes as long as the weights and keys take to be read, or the operations to be started.
+    assert one.sampling == pytest.approx(8 * 300 * 32 * 300e-6 + 2 * layers * 256 * 192 / 395.6e12, rel=1e-3)
+    assert on_paper.phases(model, "parallel", 64, 8).sampling > 0.9 * eight.sampling  # few rows take as long as many
+    whole, step = (on_paper.phases(model, form, 8, 1).traffic - eight.traffic for form in ("whole", "in-step"))
+    # Policy and its reference, 13.5 GB each, value and reward without output layer and embedding, 13.0 GB each.
+    assert step - whole == pytest.approx(299 * 13.48e9 * 7 / 8, rel=1e-3)
+    read = 4 * 2 * (13.48e9 + 12.95e9) + 2 * 4 * 2 * (13.48e9 + 12.95e9)  # 4 micro-batches; 2 epochs, forward and backward
+    assert whole == pytest.approx((3 * 13.48e9 + read) * 7 / 8, rel=1e-3)  # to sample, and two passes for the true KL
