@@ -1,6 +1,8 @@
 """The memory plan counts what the models really hold."""
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from model import Llama, LlamaConfig, ValueModel
 from ppo import PPOConfig
 from reward import RewardModel
 from training import plan
-from training.config import RunConfig
+from training.config import RunConfig, build_config, build_parser
 from training.models import second_model
 
 ONE_GPU = {"policy_device": "cuda:0", "reference_device": "cuda:0"}
@@ -148,7 +150,8 @@ def test_a_sharded_run_counted_by_hand():
 
 @pytest.mark.parametrize("changes", [{}, {"dtype": "float32"}, {"reference_dtype": "float32"}])
 def test_shares_halve_the_frozen_weights_and_whole_takes_no_less_than_in_step(changes):
-    config, run = LLAMA["7B"], RunConfig(**ONE_GPU | changes)
+    config = LLAMA["7B"]  # sampling needs more than an update does
+    run = RunConfig(ppo=PPOConfig(micro_batch_size=1), gradient_checkpointing=True, **ONE_GPU | changes)
 
     def items(share, whole=False):
         return plan.plan(run, config, config, share, whole, ranks=2)["cuda:0"]
@@ -216,6 +219,22 @@ def test_what_fits_one_small_gpu_needs_no_table(capsys, monkeypatch):
     assert train.main() == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if "one GPU of" in line]
     assert "holds all of it" in line and len(line) <= 100
+
+
+@pytest.mark.parametrize("flags, share", [([], 1), (["--shard"], 2), (["--shard", "in-step"], 2)])
+def test_a_run_of_several_processes_is_planned_as_it_would_run(capsys, monkeypatch, flags, share):
+    """Four on two machines: weights are shared by the two of each, and the table marks the line."""
+    monkeypatch.setattr(plan, "team", lambda: SimpleNamespace(size=4))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(plan, "CARDS", (0.2,))  # GiB, so that there is a table
+    run = build_config(vars(build_parser("").parse_args(flags)))
+    run.policy_device = run.reference_device = "cpu"
+    printed = plan.plan_of(run).splitlines()
+    world = LlamaConfig.from_dict(json.loads((ROOT / "tiny" / "sft" / "config.json").read_text(encoding="utf-8")))
+    assert f"{'frozen weights':<40}{4 * 2 * plan.parameters(world) / share / plan.GIB:8.3f}" in printed[1]
+    assert ("so much for each of 4 processes" + ", which share the frozen weights, 2 a machine" * (share > 1)) in printed
+    [marked] = [line for line in printed if line.endswith("this run")]
+    assert marked.split()[:2] == ["4", "2"]
 
 
 def test_gpus_are_planned_in_their_own_dtype(capsys, monkeypatch):
