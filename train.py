@@ -277,8 +277,8 @@ def run_as_told(given: dict[str, Any], resume: bool, only_plan: bool) -> None:
     run = ranks.each(lambda: configure(given, resume))
     ranks.require_equal("flag", run.to_dict())
     if only_plan:
-        size = ranks.here().size
-        print(f"{place(run)}\n{plan_of(run)}" + f"\nso much for each of {size} processes" * (size > 1))
+        asked = run.dtype  # on a GPU "auto" is another one than place finds on a CPU
+        print(f"{place(run)}\n{plan_of(run, asked)}")
     else:
         train(run, resume or ranks.restarted() and ranks.first(is_begun, run))
 

@@ -22,4 +22,7 @@ SHAPES = {
     "llama3-8b": partial(LlamaConfig, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8,
                          max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500000.0, bos_token_id=128000,
                          eos_token_id=128001),
+    "llama3-70b": partial(LlamaConfig, vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                          num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5,
+                          rope_theta=500000.0, bos_token_id=128000, eos_token_id=128001),
 }

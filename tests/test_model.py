@@ -444,7 +444,7 @@ def test_published_shapes_have_the_published_parameter_counts():
     from bench.shapes import SHAPES
 
     published = {"llama-7b": 6738415616, "llama-13b": 13015864320, "tinyllama-1b": 1100048384,
-                 "smollm2-135m": 134515008, "llama3-8b": 8030261248}
+                 "smollm2-135m": 134515008, "llama3-8b": 8030261248, "llama3-70b": 70553706496}
     for name, count in published.items():
         with torch.device("meta"):
             built = Llama(SHAPES[name]())
