@@ -102,16 +102,14 @@ class RewardModel(nn.Module):
         return F.linear(hidden[rows, last].float(), self.score.weight.float()).squeeze(-1)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype | None = None,
-                        device: torch.device | str | None = None, part: Callable[[Tensor], Tensor] | None = None
-                        ) -> RewardModel:
+    def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+                        part: Callable[[Tensor], Tensor] | None = None) -> RewardModel:
         """Read our layout, transformers' LlamaForSequenceClassification with one label, or AlpacaFarm's reward model.
 
         Without model.py and formats/ beside this file the backbone is transformers' (and AlpacaFarm's layout is not read).
 
-        dtype None keeps what is stored; the head is float32 in any case. The model comes back in eval mode; part, of the
-        backbone's tensors: see formats.tensors.load_tensors. Raises FileNotFoundError or ValueError that names the file and
-        what is wrong with it.
+        dtype None keeps what is stored; the head is float32 in any case; part: formats.tensors.load_tensors, of the backbone.
+        The model comes back in eval mode. Raises FileNotFoundError or ValueError that names the file and what is wrong.
         """
         try:
             import formats  # noqa: F401

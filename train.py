@@ -13,8 +13,8 @@ optimiser steps (Eq. 2). All of that is in ppo.py; here is the loop around it, a
 folder holds config.json, metrics.jsonl (a line a step), samples.jsonl, evaluations.jsonl, curves.png and
 step-0020/{policy,value,trainer}, whose policy/ PEFT loads as it is.
 
-Departures from the released code: one GPU is enough, since frozen weights on the same device are shared; a checkpoint named N
-is saved after step N with every random state, so a resumed run repeats the run that was never stopped.
+Departures from the released code: frozen weights on one device are shared, so that one GPU is enough; checkpoint N is saved
+after step N with every random state, so that a resumed run repeats the one that was never stopped.
 """
 
 import contextlib
@@ -45,10 +45,10 @@ from training.folder import append_line, check_run_folder, checkpoints_line, cut
 from training.interrupts import Interrupts, Stopped
 from training.models import Models, build_models, choose_dtype
 from training.origin import check_origin, texts_digest
-from training.plan import plan_of
+from training.plan import plan_of, shards_of
 from training.progress import LEGEND, StepProgress, describe_run, save_samples, step_line
 from training.rewards import is_rule
-from training.shard import Shards, require_sharable, shards_of
+from training.shard import Shards, require_sharable
 from training.watch import Watch
 
 # Which model lives where (the paper's two GPUs, "Limitations"). --policy-device and --reference-device override it; with
@@ -60,11 +60,9 @@ REFERENCE_DEVICE = "cuda:1"  # reference and reward: frozen
 def train(run: RunConfig, resume: bool = False) -> Path:
     """The whole run, in a folder that no other process is in; returns it."""
     ranks.require_even(run.ppo)
-    require_sharable(run, resume)
     out = Path(run.out)
     with contextlib.ExitStack() as until_the_end:
         ranks.first(until_the_end.enter_context, locked(out))
-        until_the_end.callback(setattr, ranks.Ranks, "in_step", False)
         train_in(out, run, resume)
     return out
 
@@ -72,8 +70,8 @@ def train(run: RunConfig, resume: bool = False) -> Path:
 def train_in(out: Path, run: RunConfig, resume: bool) -> None:
     """From the data to the last table; every check that needs no model comes first."""
     checkpoint = ranks.first(check_run_folder, out, resume)  # before anything slow
+    print(place(run))
     shards = ranks.each(lambda: shards_of(run))
-    ranks.Ranks.in_step = shards is not None
     models, state, benchmark = ranks.each(lambda: prepare(run, checkpoint, shards))
     ranks.require_equal("what is loaded:", state.origin | {"dtype": run.dtype, "step": state.step})
     ranks.alike(models.trained())
@@ -103,7 +101,6 @@ def prepare(run: RunConfig, checkpoint: Path | None, shards: Shards | None) -> t
         origin["evaluation"] = texts_digest(benchmark.prompts, benchmark.tasks)
     if checkpoint:
         check_origin(checkpoint, origin, vars(run))
-    print(place(run))
     models = build_models(run, tokenizer, shards)
     print("\n".join(models.notes))
     optimizer = torch.optim.Adam(models.trained(), lr=run.ppo.learning_rate, eps=run.ppo.adam_eps)
@@ -262,6 +259,7 @@ def configure(given: dict[str, Any], resume: bool) -> RunConfig:
     if resume and is_rule(run.reward) and "reward" not in given:
         raise ValueError(f"--resume: the run's reward is the rule {run.reward}, which is code and runs only when it is named: "
                          f"--reward {run.reward}")
+    require_sharable(run, resume)
     return run
 
 

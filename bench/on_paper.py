@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.shapes import SHAPES  # noqa: E402
 from model import LlamaConfig  # noqa: E402
-from training import plan  # noqa: E402
+from training import memory, plan  # noqa: E402
 from training.config import RunConfig  # noqa: E402
 
 FLOPS = 0.4 * 989e12      # a second: H100, bf16, of which 40 % is reached
@@ -53,25 +53,25 @@ def phases(model: LlamaConfig, form: str, ranks: int, nodes: int, across: bool =
     """
     run = plan.evenly(RUN, ranks)
     config, P, T = run.ppo, run.query_length, run.ppo.response_length
-    body, head = model.num_hidden_layers * plan.layer_parameters(model), model.vocab_size * model.hidden_size
+    body, head = model.num_hidden_layers * memory.layer_parameters(model), model.vocab_size * model.hidden_size
     rows, micro, epochs = config.rollout_batch_size / ranks, config.micro_batch_size, config.ppo_epochs
     chunks = -(-rows // config.rollout_micro_batch_size)
     kl_rows = 32 if ranks == 1 else 16  # the true KL's 32 responses go in two batches, to two processes at most
 
     at_once = rows / chunks
-    keys = 2 * 2 * model.num_hidden_layers * plan.sizes(model)[4] * at_once * (P + T / 2)
+    keys = 2 * 2 * model.num_hidden_layers * memory.sizes(model)[4] * at_once * (P + T / 2)
     token = max((2 * (body + head) + keys) / MEMORY, model.num_hidden_layers * OPERATIONS, 2 * (body + head) * at_once / FLOPS)
     sampling = chunks * T * token + 2 * body * rows * P / FLOPS
     reading = 2 * (body * (4 * rows + 2 * kl_rows) * (P + T) + head * 2 * (rows + kl_rows) * T) / FLOPS
     update = epochs * rows * (2 * 6 * body * (P + T) + 4 * head * T) / FLOPS
 
-    trained = 2 * plan.adapter_parameters(model, run.targets, run.lora_rank)
+    trained = 2 * memory.adapter_parameters(model, run.targets, run.lora_rank)
     steps = epochs * config.rollout_batch_size // config.step_batch_size
     others = (ranks - 1) / ranks
     shared = steps * 2 * others * 4 * trained + others * config.rollout_batch_size * T * ROLLOUT
     weights = 0.0
     if form != "parallel":
-        whole, read = 2 * plan.parameters(model), 2 * body  # the reward model's embedding stays gathered, it has no head
+        whole, read = 2 * memory.parameters(model), 2 * body  # the reward model's embedding stays gathered, it has no head
         passes = {"whole": chunks, "in-step": chunks * T}[form] + 2 * kl_rows / 16
         batches = rows / micro  # each: policy, reference, value, reward; and epochs times policy and value, twice
         weights = whole * passes + batches * 2 * (whole + read) + epochs * batches * 2 * (whole + read)
@@ -87,9 +87,9 @@ def table(model: LlamaConfig) -> list[str]:
                  "in-step", "s a step: parallel", "whole", "in-step")
     for ranks, nodes in plan.SIZES:
         run = plan.evenly(RUN, ranks)
-        memory = plan.forms(run, model, model, ranks, nodes)
-        costs = [phases(model, form, ranks, nodes) if fits(memory.get(form)) else None for form in FORMS]
-        cells = [f"{memory[form] / plan.GIB:.1f}" if form in memory else "" for form in FORMS]
+        needed = plan.forms(run, model, model, ranks, nodes)
+        costs = [phases(model, form, ranks, nodes) if fits(needed.get(form)) else None for form in FORMS]
+        cells = [f"{needed[form] / memory.GIB:.1f}" if form in needed else "" for form in FORMS]
         cells += [f"{cost.traffic / 1e9:,.1f}" if cost else "" for cost in costs]
         cells += [f"{cost.seconds:,.1f}" if cost else "" for cost in costs]
         lines.append("| " + " | ".join(map(str, [ranks, nodes, run.ppo.micro_batch_size, *cells])) + " |")
@@ -100,8 +100,8 @@ def breakdown(model: LlamaConfig) -> list[str]:
     """Of the fastest form that fits the card, where the time of a step goes."""
     lines = head("GPUs", "form", "sampling, s", "reading", "update", "exchange", "step", "GPU-seconds a step")
     for ranks, nodes in plan.SIZES:
-        memory = plan.forms(plan.evenly(RUN, ranks), model, model, ranks, nodes)
-        found = {form: phases(model, form, ranks, nodes) for form, amount in memory.items() if fits(amount)}
+        needed = plan.forms(plan.evenly(RUN, ranks), model, model, ranks, nodes)
+        found = {form: phases(model, form, ranks, nodes) for form, amount in needed.items() if fits(amount)}
         if found:
             form = min(found, key=lambda name: found[name].seconds)
             cost = found[form]
@@ -119,10 +119,10 @@ def mesh(model: LlamaConfig) -> list[str]:
     for ranks, nodes in plan.SIZES:
         if nodes > 1:
             run = plan.evenly(RUN, ranks)
-            memory = [sum(plan.plan(run, model, model, share, False, ranks)["cuda:0"].values())
+            needed = [sum(memory.plan(run, model, model, share, False, ranks)["cuda:0"].values())
                       for share in (ranks // nodes, ranks)]
             costs = [phases(model, "in-step", ranks, nodes, across) for across in (False, True)]
-            cells = ([f"{amount / plan.GIB:.1f}" for amount in memory] + [f"{cost.traffic / 1e9:,.0f}" for cost in costs]
+            cells = ([f"{amount / memory.GIB:.1f}" for amount in needed] + [f"{cost.traffic / 1e9:,.0f}" for cost in costs]
                      + [f"{cost.exchange:,.0f}" for cost in costs] + [f"{cost.seconds:,.0f}" for cost in costs])
             lines.append(f"| {ranks} | {nodes} | " + " | ".join(cells) + " |")
     return lines
@@ -138,7 +138,7 @@ def next_steps() -> list[str]:
             for shape in MODELS.values():
                 model = SHAPES[shape]()
                 alone = fits(plan.forms(plan.evenly(RUN, ranks), model, model, ranks, nodes)["parallel"])
-                gathered = 0 if alone else RUN.ppo.response_length * 2 * plan.parameters(model) * 7 / 8 / INSIDE
+                gathered = 0 if alone else RUN.ppo.response_length * 2 * memory.parameters(model) * 7 / 8 / INSIDE
                 cells += [phases(model, FORMS[0], ranks, nodes).sampling + gathered, *tensor_parallel(model, nodes)]
             lines.append(f"| {ranks} | " + " | ".join(f"{x:.1f}" for x in cells) + " |")
     return lines
@@ -148,9 +148,9 @@ def tensor_parallel(model: LlamaConfig, nodes: int, gpus: int = 8) -> tuple[floa
     """Seconds to sample a node's rows, all at once, with 1 / gpus of every layer's heads and inner units on each of its GPUs:
     as torch starts operations, and as if that took no time. After attention and MLP the GPUs add their vectors up."""
     P, T, L, D = RUN.query_length, RUN.ppo.response_length, model.num_hidden_layers, model.hidden_size
-    rows, body = RUN.ppo.rollout_batch_size / nodes, L * plan.layer_parameters(model)
+    rows, body = RUN.ppo.rollout_batch_size / nodes, L * memory.layer_parameters(model)
     weights = body + model.vocab_size * D
-    keys = 2 * 2 * L * plan.sizes(model)[4] * rows * (P + T / 2)
+    keys = 2 * 2 * L * memory.sizes(model)[4] * rows * (P + T / 2)
     token = max((2 * weights + keys) / gpus / MEMORY, 2 * weights * rows / gpus / FLOPS)
     sums = 2 * L * 2 * (gpus - 1) / gpus * 2 * rows * D / INSIDE
     prompts = 2 * body * rows * P / gpus / FLOPS
@@ -159,7 +159,7 @@ def tensor_parallel(model: LlamaConfig, nodes: int, gpus: int = 8) -> tuple[floa
 
 def fits(amount: float | None) -> bool:
     """Whether a card takes so many bytes."""
-    return amount is not None and amount <= plan.FULL * CARD * plan.GIB
+    return amount is not None and amount <= plan.FULL * CARD * memory.GIB
 
 
 def head(*names: str) -> list[str]:

@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from model import Llama, generate
 from training.config import RunConfig
-from training.devices import resolve_devices
 from training.ranks import here
 
 
@@ -80,17 +79,6 @@ def require_sharable(run: RunConfig, resume: bool) -> None:
     if run.shard and here().size == 1 and not resume:
         raise ValueError("--shard: there is one process, which holds it all: leave the flag away, or start several, torchrun "
                          "--standalone --nproc-per-node N train.py ...")
-
-
-def shards_of(run: RunConfig) -> Shards | None:
-    """The run's, None without --shard. Every process must ask."""
-    if not run.shard or here().size == 1:
-        return None
-    device, its, _ = resolve_devices(run.policy_device, run.reference_device)
-    if device != its:
-        raise ValueError(f"--shard: all four models of a process stand on one device, not on {device} and {its}: start as many "
-                         "processes as there are GPUs (--nproc-per-node)")
-    return Shards(machine_mesh(device), whole=run.shard != "in-step")
 
 
 def machine_mesh(device: str) -> DeviceMesh:

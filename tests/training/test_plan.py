@@ -15,7 +15,7 @@ from lora import add_lora, lora_parameters
 from model import Llama, LlamaConfig, ValueModel
 from ppo import PPOConfig
 from reward import RewardModel
-from training import plan
+from training import memory, plan
 from training.config import RunConfig, build_config, build_parser
 from training.models import second_model
 
@@ -29,14 +29,14 @@ SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_lay
 def test_weights_and_adapters_are_counted_to_the_last_number(tied):
     config = LlamaConfig(tie_word_embeddings=tied, **SMALL)
     model = Llama(config)
-    assert plan.parameters(config) == sum(p.numel() for p in model.parameters())
+    assert memory.parameters(config) == sum(p.numel() for p in model.parameters())
     for targets in (QKVO, ("q_proj", "gate_proj", "down_proj")):
         adapters = lora_parameters(add_lora(Llama(config), rank=5, targets=targets))
-        assert plan.adapter_parameters(config, targets, 5) == sum(p.numel() for p in adapters)
+        assert memory.adapter_parameters(config, targets, 5) == sum(p.numel() for p in adapters)
 
 
 def test_llama_7b_is_12_5_gib_in_bf16():
-    assert plan.parameters(LlamaConfig.llama_7b()) == 6_738_415_616
+    assert memory.parameters(LlamaConfig.llama_7b()) == 6_738_415_616
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,14 +55,14 @@ def test_activations_are_what_autograd_keeps(dtype, dropout):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.hidden(ids, None)
     found = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own) / ids.numel() / 3
-    counted = plan.activations(config, QKVO, 8, dtype.itemsize, cpu=True, dropout=dropout > 0, full=False)
+    counted = memory.activations(config, QKVO, 8, dtype.itemsize, cpu=True, dropout=dropout > 0, full=False)
     assert counted == pytest.approx(found, rel=0.1)  # RoPE's tables, attention's sums and the last norm are left out
 
 
 def total(**changes):
     config = LlamaConfig.llama_7b()
     run = RunConfig(**ONE_GPU | changes)
-    return {device: sum(items.values()) / plan.GIB for device, items in plan.plan(run, config, config).items()}
+    return {device: sum(items.values()) / memory.GIB for device, items in memory.plan(run, config, config).items()}
 
 
 def test_llama_7b_in_the_papers_setting_counted_by_hand():
@@ -80,17 +80,17 @@ def test_llama_7b_in_the_papers_setting_counted_by_hand():
     by_hand = {"frozen weights": frozen, "adapters": 4 * adapters, "gradients and Adam": 12 * adapters,
                "activations": 8 * 492 * (32 * layer + passing), "logits and gradient": 2 * 2 * 8 * 300 * 32000}
     one = RunConfig(**ONE_GPU)
-    assert plan.plan(one, config, config) == {"cuda:0": by_hand}
-    two = plan.plan(replace(one, reference_device="cuda:1"), config, config)
+    assert memory.plan(one, config, config) == {"cuda:0": by_hand}
+    two = memory.plan(replace(one, reference_device="cuda:1"), config, config)
     assert two["cuda:0"] == by_hand and two["cuda:1"]["frozen weights, reference and reward"] == frozen
-    released = plan.plan(replace(one, reference_device="cuda:1", reference_dtype="float32"), config, config)
+    released = memory.plan(replace(one, reference_device="cuda:1", reference_dtype="float32"), config, config)
     assert released["cuda:1"]["frozen weights, reference and reward"] == 4 * two_models
 
 
 def test_full_tuning_of_llama_7b_fits_no_80_gb_gpu():
     """16 bytes a weight of policy and value (float32, its gradient, two moments) alone are more than two such GPUs hold."""
-    assert total()["cuda:0"] < 80e9 / plan.GIB
-    assert total(tuning="full")["cuda:0"] > 2 * 16 * 6_738_415_616 / plan.GIB > 2 * 80e9 / plan.GIB
+    assert total()["cuda:0"] < 80e9 / memory.GIB
+    assert total(tuning="full")["cuda:0"] > 2 * 16 * 6_738_415_616 / memory.GIB > 2 * 80e9 / memory.GIB
 
 
 def test_every_knob_that_is_advised_saves_memory():
@@ -125,7 +125,7 @@ def test_frozen_weights_are_counted_as_often_as_they_stand_in_memory(tmp_path):
 
     def frozen(run, *models):
         found = {p.data_ptr(): p.numel() for model in models for p in model.parameters()}
-        assert plan.plan(run, config, config)["cuda:0"]["frozen weights"] == 2 * sum(found.values())
+        assert memory.plan(run, config, config)["cuda:0"]["frozen weights"] == 2 * sum(found.values())
 
     frozen(RunConfig(**ONE_GPU), policy, reward)
     frozen(RunConfig(reward="rules.py:brief", **ONE_GPU), policy, ValueModel(second_model(policy, own_weights=False)).backbone)
@@ -144,8 +144,8 @@ def test_a_sharded_run_counted_by_hand():
     kept = 2 * 2 * 32 + 2 * 32 + 2 * (32 + 2 * 16) + 2 * 32 + 3 * 2 * 48 + 4 * 8 * 4 + 4 * 32
     update = {"activations": 5 * (3 * kept + 6 * 2 * 48 + 16 * 32), "logits and gradient": 2 * 2 * 3 * 50,
               "two units of weights, whole": 2 * 2 * 7_744}
-    assert plan.plan(run, config, config, share=2, ranks=2) == {"cuda:0": held | sampling}
-    assert plan.plan(run, config, config, share=2, whole=False, ranks=2) == {"cuda:0": held | update}
+    assert memory.plan(run, config, config, share=2, ranks=2) == {"cuda:0": held | sampling}
+    assert memory.plan(run, config, config, share=2, whole=False, ranks=2) == {"cuda:0": held | update}
 
 
 @pytest.mark.parametrize("changes", [{}, {"dtype": "float32"}, {"reference_dtype": "float32"}])
@@ -154,7 +154,7 @@ def test_shares_halve_the_frozen_weights_and_whole_takes_no_less_than_in_step(ch
     run = RunConfig(ppo=PPOConfig(micro_batch_size=1), gradient_checkpointing=True, **ONE_GPU | changes)
 
     def items(share, whole=False):
-        return plan.plan(run, config, config, share, whole, ranks=2)["cuda:0"]
+        return memory.plan(run, config, config, share, whole, ranks=2)["cuda:0"]
 
     for name in [name for name in items(1) if name.startswith("frozen")]:
         assert [items(1)[name] / items(share)[name] for share in (2, 4, 8)] == [2, 4, 8]
@@ -167,11 +167,11 @@ def test_shares_halve_the_frozen_weights_and_whole_takes_no_less_than_in_step(ch
 def test_processes_share_the_rollout_and_add_gradients_up_in_one_piece():
     config = LLAMA["7B"]
     run = RunConfig(ppo=PPOConfig(micro_batch_size=1), gradient_checkpointing=True, **ONE_GPU)
-    keys = [plan.plan(run, config, config, ranks=ranks)["cuda:0"]["keys and values"] for ranks in (1, 8, 16, 64)]
+    keys = [memory.plan(run, config, config, ranks=ranks)["cuda:0"]["keys and values"] for ranks in (1, 8, 16, 64)]
     assert keys == [keys[0], keys[0], keys[0] / 2, keys[0] / 8]  # 32 at once, of 256, 32, 16 and 4
     full = replace(run, tuning="full")
-    assert plan.plan(full, config, config, ranks=2)["cuda:0"]["gradients in one piece"] > 4 * 13e9
-    assert "gradients in one piece" not in plan.plan(full, config, config)["cuda:0"]
+    assert memory.plan(full, config, config, ranks=2)["cuda:0"]["gradients in one piece"] > 4 * 13e9
+    assert "gradients in one piece" not in memory.plan(full, config, config)["cuda:0"]
 
 
 @pytest.mark.parametrize("model, ranks, in_step, whole", [
@@ -184,17 +184,17 @@ def test_the_plan_agrees_with_an_independent_count(model, ranks, in_step, whole)
     config, run = LLAMA[model], RunConfig(gradient_checkpointing=True, **ONE_GPU)
 
     def found(mode):
-        return sum(plan.plan(run, config, config, ranks, mode, ranks)["cuda:0"].values()) / plan.GIB
+        return sum(memory.plan(run, config, config, ranks, mode, ranks)["cuda:0"].values()) / memory.GIB
 
     assert found(False) == pytest.approx(in_step, rel=0.025)
     if whole:
-        kept = 2 * plan.parameters(config) / ranks / plan.GIB if ranks > 1 else 0
+        kept = 2 * memory.parameters(config) / ranks / memory.GIB if ranks > 1 else 0
         assert found(True) - kept == pytest.approx(whole, rel=0.025)
 
 
 def test_sampling_is_whole_where_there_is_room_for_it():
     config, run = LLAMA["7B"], RunConfig(**ONE_GPU)
-    needed = sum(plan.plan(run, config, config, 8, True, 8)["cuda:0"].values())
+    needed = sum(memory.plan(run, config, config, 8, True, 8)["cuda:0"].values())
     modes = [plan.sampling_mode(run, config, config, 8, room) for room in (needed / 0.89, needed / 0.91, needed, None)]
     assert modes == ["whole", "in-step", "in-step", "whole"]
 
@@ -231,7 +231,7 @@ def test_a_run_of_several_processes_is_planned_as_it_would_run(capsys, monkeypat
     run.policy_device = run.reference_device = "cpu"
     printed = plan.plan_of(run).splitlines()
     world = LlamaConfig.from_dict(json.loads((ROOT / "tiny" / "sft" / "config.json").read_text(encoding="utf-8")))
-    assert f"{'frozen weights':<40}{4 * 2 * plan.parameters(world) / share / plan.GIB:8.3f}" in printed[1]
+    assert f"{'frozen weights':<40}{4 * 2 * memory.parameters(world) / share / memory.GIB:8.3f}" in printed[1]
     assert ("so much for each of 4 processes" + ", which share the frozen weights, 2 a machine" * (share > 1)) in printed
     [marked] = [line for line in printed if line.endswith("this run")]
     assert marked.split()[:2] == ["4", "2"]

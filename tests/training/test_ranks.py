@@ -26,6 +26,7 @@ from ppo import PPOConfig, Rollout
 from training import ranks
 from training.config import FIELDS, build_parser
 from training.folder import checkpoints, damage
+from training.shard import require_sharable
 
 LAST = f"step-{STEPS:04d}"
 RULE = """import os
@@ -194,7 +195,7 @@ def test_a_sharded_run_is_resumed_by_one_process_and_the_reverse(alone, ending, 
 def test_what_cannot_be_sharded_is_refused_in_one_line(two, world, tmp_path):
     assert "all four models of a process stand on one device, not on cpu and cpu:0" in one_line(two, "two_devices", 2)
     with pytest.raises(ValueError, match="--shard: there is one process, which holds it all"):
-        start(settings(world, tmp_path / "one", shard="auto"))
+        require_sharable(configured(world, tmp_path / "one", shard="auto"), resume=False)
     with pytest.raises(ValueError, match="--shard auto: only frozen weights are sharded, and under --tuning"):
         configured(world, tmp_path / "full", shard="auto", tuning="full")
     assert not any(tmp_path.iterdir())
