@@ -224,8 +224,8 @@ def other_judges(args: argparse.Namespace, models: Models, run: RunConfig, bench
         return None
     if not args.judge_reward:
         return Judges("reward", score=models.score_texts, seed=args.judge_seed)
-    reader, note = open_reader(args.judge_reward, "--judge-reward", run.prompt_template, args.reward_eos, None,
-                               models.reference_device)
+    reader, note = open_reader(args.judge_reward, "--judge-reward", run.prompt_template, args.reward_eos,
+                               device=models.reference_device)
     print(f"judge: {args.judge_reward} reads instruction and answer as texts, {note}")
     return Judges(f"reward {args.judge_reward}", score=reader.score_texts, seed=args.judge_seed)
 

@@ -45,10 +45,9 @@ from training.folder import append_line, check_run_folder, checkpoints_line, cut
 from training.interrupts import Interrupts, Stopped
 from training.models import Models, build_models, choose_dtype
 from training.origin import check_origin, texts_digest
-from training.plan import plan_of, shards_of
+from training.plan import Shards, plan_of, require_sharable, shards_of
 from training.progress import LEGEND, StepProgress, describe_run, save_samples, step_line
 from training.rewards import is_rule
-from training.shard import Shards, require_sharable
 from training.watch import Watch
 
 # Which model lives where (the paper's two GPUs, "Limitations"). --policy-device and --reference-device override it; with
@@ -259,7 +258,6 @@ def configure(given: dict[str, Any], resume: bool) -> RunConfig:
     if resume and is_rule(run.reward) and "reward" not in given:
         raise ValueError(f"--resume: the run's reward is the rule {run.reward}, which is code and runs only when it is named: "
                          f"--reward {run.reward}")
-    require_sharable(run, resume)
     return run
 
 
@@ -278,6 +276,7 @@ def run_as_told(given: dict[str, Any], resume: bool, only_plan: bool) -> None:
         asked = run.dtype  # on a GPU "auto" is another one than place finds on a CPU
         print(f"{place(run)}\n{plan_of(run, asked)}")
     else:
+        require_sharable(run, resume)
         train(run, resume or ranks.restarted() and ranks.first(is_begun, run))
 
 

@@ -35,7 +35,7 @@ Speaker = tuple[Llama, Callable[[], AbstractContextManager]]  # a model, and wha
 def load_pair(run: RunConfig, checkpoint: Path, tokenizer: Any, device: str) -> dict[str, Speaker]:
     """{"SFT": speaker, "step 25": speaker}."""
     name = f"step {int(checkpoint.name.removeprefix('step-'))}"
-    sft = load_policy(run, tokenizer, choose_dtype(run, device), device, notes=[])
+    sft = load_policy(run, tokenizer, notes=[], dtype=choose_dtype(run, device), device=device)
     check_origin(checkpoint, {"policy": weights_digest(frozen_weights(sft))}, vars(run))
     if run.tuning == "full":
         return {"SFT": (sft, nullcontext), name: (Llama.from_pretrained(checkpoint / "policy", device=device), nullcontext)}

@@ -122,6 +122,13 @@ def neighbours() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", team().size)) if team().size > 1 else 1
 
 
+def require_sharable(run: RunConfig, resume: bool) -> None:
+    """Raises ValueError where --shard has nobody to share with. A run that is resumed by one process has room in it."""
+    if run.shard and team().size == 1 and not resume:
+        raise ValueError("--shard: there is one process, which holds it all: leave the flag away, or start several, torchrun "
+                         "--standalone --nproc-per-node N train.py ...")
+
+
 def shards_of(run: RunConfig) -> Shards | None:
     """Who holds which frozen weights under --shard; None where this process holds all. Every process of the run must ask, and
     from here on they keep in step."""

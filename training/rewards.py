@@ -2,7 +2,7 @@
 """The reward of a run: a model that reads its own text, or a rule.
 
     asked = Asked(tokenizer, run.prompt_template)
-    reward = load_reward(run, tokenizer, asked, dtype, device, notes)
+    reward = load_reward(run, tokenizer, asked, notes, dtype=dtype, device=device)
     asked.now(ids, records)                       # which instructions the prompts are, before anything is scored
     scores = reward.score(input_ids, attention_mask, n)         # of token ids, as ppo.py asks
     scores = reward.score_texts(records, answers, ended)        # of texts, as a judge asks

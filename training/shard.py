@@ -28,8 +28,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard
 
 from model import Llama, generate
-from training.config import RunConfig
-from training.ranks import here
 
 
 @dataclass
@@ -72,13 +70,6 @@ class Shards:
             fully_shard(unit, mesh=self.mesh, ignored_params=trained)
         register_fsdp_forward_method(model, "hidden")
         put(model, rows)
-
-
-def require_sharable(run: RunConfig, resume: bool) -> None:
-    """Raises ValueError where --shard has nobody to share with. A run that is resumed by one process has room in it."""
-    if run.shard and here().size == 1 and not resume:
-        raise ValueError("--shard: there is one process, which holds it all: leave the flag away, or start several, torchrun "
-                         "--standalone --nproc-per-node N train.py ...")
 
 
 def machine_mesh(device: str) -> DeviceMesh:

@@ -26,7 +26,7 @@ from ppo import PPOConfig, Rollout
 from training import ranks
 from training.config import FIELDS, build_parser
 from training.folder import checkpoints, damage
-from training.shard import require_sharable
+from training.plan import require_sharable
 
 LAST = f"step-{STEPS:04d}"
 RULE = """import os
