@@ -29,6 +29,7 @@ from evaluation.factuality import FactCount, fact_figures
 from evaluation.statistics import mean_and_error, ratio_and_error, win_rate
 from model import generate
 from ppo import Actors
+from reward import shared
 from training.config import RunConfig
 from training.models import Models, folded
 from training.ranks import here
@@ -251,12 +252,6 @@ def token_divergences(actors: Actors, prompts: Sequence[Sequence[int]], response
         parts = shared(actors.team, read, batches)
     return ([length for lengths, _ in parts for length in lengths],
             {name: torch.cat([values[name] for _, values in parts]) for name in ("true_kl", *(estimators or {}))})
-
-
-def shared(team: Any, work: Callable, items: list) -> list:
-    """work(item) of each item, in their order, whoever of the team does which."""
-    found = team.gather(lambda: [(k, work(items[k])) for k in team.share(list(range(len(items))))])
-    return [result for _, result in sorted((pair for part in found for pair in part), key=lambda pair: pair[0])]
 
 
 def divergences_of_batch(logits: Tensor, ref_logits: Tensor, tokens: Tensor, temperature: float,

@@ -19,7 +19,6 @@ import contextlib
 import os
 import pickle
 import re
-import sys
 import time
 import traceback
 import uuid
@@ -53,7 +52,7 @@ class Ranks:
         start = self.rank * share + min(self.rank, more)
         return slice(start, start + share + (self.rank < more))
 
-    def gather(self, work: Callable[[], Any]) -> list:
+    def gather(self, work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list:
         """What work() gives in every process. Where it fails in some, all raise the first one's error, marked as everybody's."""
         try:
             mine, failed = work(), False
@@ -63,7 +62,7 @@ class Ranks:
                 error.add_note(f"in rank {self.rank}:\n{traceback.format_exc()}")
         found: list = [None] * self.size
         with watching():
-            dist.all_gather_object(found, (failed, portable(mine) if failed else mine))
+            dist.all_gather_object(found, (failed, portable(mine) if failed else mine), group)
         for rank, (bad, result) in enumerate(found):
             if bad:
                 error = mine if rank == self.rank else result
@@ -81,10 +80,11 @@ class Ranks:
         sums = [name for name in stats if name not in maxima]
         gradients = [p.grad for p in trained if p.grad is not None]
         flat = torch.cat([*(g.flatten() for g in gradients), torch.stack([stats[name] for name in sums]).float()])
-        highest = torch.stack([stats[name] for name in maxima])
+        highest = torch.stack([stats[name] for name in maxima]) if maxima else flat[:0]
         with watching():
             dist.all_reduce(flat, dist.ReduceOp.SUM)
-            dist.all_reduce(highest, dist.ReduceOp.MAX)
+            if maxima:
+                dist.all_reduce(highest, dist.ReduceOp.MAX)
         *parts, added = flat.split([*(g.numel() for g in gradients), len(sums)])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
@@ -101,6 +101,13 @@ def first(work: Callable, *args: Any) -> Any:
     """What work(*args) gives in rank 0, which alone does it while the others wait; its error is everybody's."""
     team = here()
     return team.gather(lambda: work(*args) if team.rank == 0 else None)[0]
+
+
+def first_at_leisure(work: Callable, *args: Any) -> Any:
+    """The same of what may take longer than TIMEOUT: an LLM that judges."""
+    team = here()
+    patient = {} if team.size == 1 else {"group": dist.new_group(timeout=timedelta(days=9), backend="gloo")}
+    return team.gather(lambda: work(*args) if team.rank == 0 else None, **patient)[0]
 
 
 def each(work: Callable[[], Any]) -> Any:
@@ -229,13 +236,6 @@ def speaks() -> bool:
     return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("LOCAL_RANK", 0))) == 0
 
 
-def refused(program: str) -> bool:
-    """Whether torchrun started several of a program that runs as one process, which the first of them says."""
-    if launched() and speaks():
-        print(f"{program}: runs as one process: start it with python; torchrun is for train.py (docs/scale.md)", file=sys.stderr)
-    return launched()
-
-
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
     """Inside, the others print nothing: no lines, no bars."""
@@ -264,7 +264,7 @@ def is_everybodys(error: Exception) -> bool:
 
 def tells(error: Exception) -> bool:
     """Whether this process is to say what ended it: rank 0, and one that met an error which the others know nothing of."""
-    return speaks() or dist.is_initialized() and not is_everybodys(error) and not isinstance(error, Lost)
+    return speaks() or dist.is_initialized() and not (is_everybodys(error) or isinstance(error, (Lost, KeyboardInterrupt)))
 
 
 def leave(error: Exception) -> None:

@@ -3,7 +3,6 @@
 tests/ranks_worker.py plays every scene in two processes over gloo, in one start; here it is compared with one process.
 """
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -297,15 +296,3 @@ def test_one_process_under_torchrun_is_alone(monkeypatch, world, tmp_path):
     with ranks.joined():
         assert type(ranks.here()).__name__ == "Alone" and ranks.speaks()
     ranks.require_even(configured(world, tmp_path / "run").ppo)
-
-
-@pytest.mark.parametrize("program", ["sft.py", "reward.py", "evaluate.py"])
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_program_that_runs_alone_says_so_once_under_torchrun(program, rank, monkeypatch, capsys):
-    """Two of it on one folder would each be told of the other's lock."""
-    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", [program, "anything"])
-    assert importlib.import_module(program.removesuffix(".py")).main() == 2
-    said = f"{program}: runs as one process: start it with python; torchrun is for train.py (docs/scale.md)\n"
-    assert capsys.readouterr().err == (said if rank == "0" else "")

@@ -316,13 +316,13 @@ def test_the_first_nan_is_named_and_no_weight_moves(world, data, tmp_path, monke
     out, honest, seen = tmp_path / "out", sft._accumulate, []
 
     def poisoned(model, *rest):
-        loss, n = honest(model, *rest)
+        loss = honest(model, *rest)
         seen.append([p.detach().clone() for p in model.parameters()])
         if len(seen) < 3:
-            return loss, n
+            return loss
         next(p for p in model.parameters() if p.grad is not None).grad[0] = torch.nan
         poisoned.model = model
-        return torch.nan if quantity == "loss" else loss, n
+        return torch.nan if quantity == "loss" else loss
 
     monkeypatch.setattr(sft, "_accumulate", poisoned)
     assert run("sft.py", *flags("sft.py", world, data, out)) == 1
@@ -356,7 +356,8 @@ def test_weights_that_the_last_step_spoilt_are_not_stored(world, data, tmp_path,
 def test_a_reward_model_that_cannot_be_standardised_keeps_its_training(world, data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     honest = reward.standardise
-    monkeypatch.setattr(reward, "standardise", lambda model, sequences, *rest: honest(model, sequences[:1] * 2, *rest))
+    monkeypatch.setattr(reward, "standardise", lambda model, sequences, *rest, **more: honest(
+        model, sequences[:1] * 2, *rest, **more))
     assert run("reward.py", *flags("reward.py", world, data, out, "--save-every", 50)) == 2
     said = complaint(capsys).splitlines()[-1]
     assert "cannot standardise: 2 sequences have scores of standard deviation 0" in said
