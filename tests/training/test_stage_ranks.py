@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from conftest import ROOT
 from runs import settings, start
 from safetensors.torch import load_file
 from stage_ranks_worker import MUTANTS, PROGRAMS, STEPS, TROUBLE, changed, flags, recorded
+from torch.distributed.run import get_args_parser
 
+import evaluate
 import reward
+import sft
 from training import stages
 from training.folder import checkpoints, damage
 
@@ -202,6 +206,27 @@ def test_a_fault_in_one_process_is_seen_whole_and_once(two):
 def test_every_scene_of_trouble_is_looked_at():
     text = Path(__file__).read_text(encoding="utf-8")
     assert all(f'"{name}"' in text for name in TROUBLE)
+
+
+def test_the_commands_of_scale_md_are_torchruns_and_the_programs():
+    parsers = {"reward.py": reward.parse_args, "evaluate.py": lambda argv: evaluate.build_parser().parse_args(["run", *argv])}
+    lines = [line.split() for line in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").splitlines()
+             if line.startswith("    torchrun --standalone") and " train.py " not in line]
+    assert {get_args_parser().parse_args(line[1:]).training_script for line in lines} == parsers.keys()
+    for line in lines:
+        given = get_args_parser().parse_args(line[1:])
+        assert vars(parsers[given.training_script](given.training_script_args)) and len(" ".join(line)) <= 106
+
+
+@pytest.mark.parametrize(("program", "build"), [("sft.py", sft.parse_args), ("reward.py", reward.parse_args), (
+    "evaluate.py", lambda argv: evaluate.build_parser().parse_args(["run", *argv]))])
+def test_torchrun_passes_every_flag_of_a_program_on(program, build, capsys):
+    """It refuses what could be short for several of its own."""
+    with pytest.raises(SystemExit):
+        build(["--help"])
+    words = sorted(set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"})
+    given = get_args_parser().parse_args(["--standalone", "--nproc-per-node", "2", program, *words])
+    assert len(words) > 15 and (given.training_script, given.training_script_args) == (program, words)
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------

@@ -165,6 +165,15 @@ def test_a_signal_ends_the_training_after_its_step_and_says_how_to_go_on(world, 
     assert f"stopped by {name} after step {step} of 2000; go on with: python {program} --resume --out {out}" in printed
 
 
+def test_a_checkpoint_from_before_dropout_was_seeded_by_the_step_goes_on_and_says_so(halted, capsys):
+    program, out = halted
+    file, manifest = (checkpoints(out)[-1] / name for name in ("state.pt", folder.MANIFEST))
+    torch.save(torch.load(file, weights_only=True) | {"random": {"cpu": torch.get_rng_state()}}, file)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"state.pt": folder.describe(file)}))
+    assert run(program, "--resume", "--out", out) == 0
+    assert f"resumed from {file.parent}; it is from before dropout was seeded by the step" in capsys.readouterr().out
+
+
 def test_resuming_a_finished_training_tidies_up_and_changes_nothing(data, tmp_path):
     out = Path(shutil.copytree(data / "whole sft.py", tmp_path / "out"))
     (out / "step-0008").mkdir()
