@@ -1,6 +1,6 @@
 """One run by 1, 2 and 4 processes over gloo: equal figures, other numbers of processes at a resume, kills, signals, restarts.
 
-    python bench/distributed.py                    # all of it, about ten minutes on two cores
+    python bench/distributed.py                    # all of it, about a quarter of an hour on two cores
     python bench/distributed.py --only kill restart
 
 Every run is a small one of the miniature world under torchrun. "The same" means: samples and answers equal, every metric within
@@ -271,7 +271,8 @@ def compare_stage(bench: Bench, what: str, one: Path, other: Path, before: str =
     for file in one.rglob("*.safetensors"):
         a, b = load_file(file), load_file(other / file.relative_to(one))
         weights = max([weights, *((a[k] - b[k]).abs().max().item() for k in a)])
-    bench.say(what, f"{before}figures of its epochs within {gap:.1e}, weights within {weights:.1e}", gap <= 1e-3 and weights <= 1e-4)
+    found = f"figures of its epochs within {gap:.1e}, weights within {weights:.1e}"
+    bench.say(what, before + found, gap <= 1e-3 and weights <= 1e-4)
 
 
 def stages(bench: Bench) -> None:

@@ -260,3 +260,7 @@ def test_what_evaluates_nothing_is_the_first_processs(two):
     assert scene(two, "winrate")["out"].count("50.00 ± ") == 1
     assert "--limit -1: must be at least 0" in one_line(two, "wrong", 2)
     assert "chat is with one process: start it with python" in one_line(two, "chat", 2)
+
+
+def test_the_others_wait_for_a_judge_longer_than_for_one_another(two):
+    assert scene(two, "slow_judge")["out"] == "judged"
