@@ -163,6 +163,9 @@ def main() -> None:
         for name, more in {"evaluated": ["--kl-tokens", "300"], "judged": ["--kl-tokens", "1", "--judge", "reward"],
                            "wrong": ["--limit", "-1"]}.items():
             play(folder, name, "evaluate.py", [str(folder / "run"), *more])
+        for rule in ("rule", "rule_of_one"):
+            named = ["--kl-tokens", "1", "--judge", "reward", "--reward", f"{folder / 'rules.py'}:{rule}"]
+            play(folder, rule, "evaluate.py", [str(folder / rule), *named])
         play(folder, "winrate", "evaluate.py", ["winrate", "--annotations", str(folder / "annotations.json")])
         play(folder, "chat", "evaluate.py", ["chat", str(folder / "run")])
         slow_judge(folder)

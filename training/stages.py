@@ -292,8 +292,8 @@ class Stage:
 def training_folder(program: str, args: argparse.Namespace) -> Iterator[Stage]:
     """--out for one run; what ends a training is said with the checkpoint that is left."""
     each(lambda: require_device("--device", args.device))
-    with contextlib.ExitStack() as until_the_end, contextlib.ExitStack() as stack:
-        out = first(until_the_end.enter_context, locked(Path(args.out)))
+    with contextlib.ExitStack() as stack:
+        out = first(stack.enter_context, locked(Path(args.out)))
         stage = Stage(program, args, out, stack)
         if stage.finished:  # perhaps killed before it had tidied up
             first(stage.tidy)

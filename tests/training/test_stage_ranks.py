@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from runs import settings, start
 from safetensors.torch import load_file
@@ -24,8 +25,20 @@ from torch.distributed.run import get_args_parser
 import evaluate
 import reward
 import sft
-from training import stages
+from training import ranks, stages
 from training.folder import checkpoints, damage
+
+
+RULES = """import os
+
+def rule(prompts, responses):
+    return [float(len(r)) for r in responses]
+
+def rule_of_one(prompts, responses):
+    if os.environ.get("RANK") == "0":  # the other scores nothing, as all of it is one batch
+        raise LookupError("no such word")
+    return rule(prompts, responses)
+"""
 
 
 class Killed(BaseException):
@@ -79,6 +92,10 @@ def two(world, alone, tmp_path_factory) -> Path:
     config = json.loads((folder / "run" / "config.json").read_text()) | {"evaluation": str(world / "data" / "evaluation.json")}
     (folder / "run" / "config.json").write_text(json.dumps(config))
     shutil.copytree(folder / "run", alone["folder"] / "run")
+    (folder / "rules.py").write_text(RULES)
+    for rule in ("rule", "rule_of_one"):
+        shutil.copytree(folder / "run", folder / rule)
+        (folder / rule / "config.json").write_text(json.dumps(config | {"reward": f"{folder / 'rules.py'}:{rule}"}))
     (folder / "annotations.json").write_text('[{"preference": 1}, {"preference": 2}]')
     worker = [str(ROOT / "tests" / "stage_ranks_worker.py"), str(world), str(folder)]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker],
@@ -203,6 +220,12 @@ def test_a_fault_in_one_process_is_seen_whole_and_once(two):
     assert ended["code"] == 1 and "KeyError: 'a fault of ours'" in ended["err"]
 
 
+def test_an_interrupt_that_reaches_all_is_said_by_the_first(monkeypatch):
+    monkeypatch.setattr(ranks, "speaks", lambda: False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert not ranks.tells(KeyboardInterrupt()) and ranks.tells(KeyError())  # what it met alone, it says
+
+
 def test_every_scene_of_trouble_is_looked_at():
     text = Path(__file__).read_text(encoding="utf-8")
     assert all(f'"{name}"' in text for name in TROUBLE)
@@ -254,6 +277,18 @@ def test_an_evaluation_by_two_processes_is_that_of_one(alone, two):
                 assert got[key] == value, key
     files = {file.relative_to(run).as_posix() for file in run.rglob("*")}
     assert files == {file.relative_to(two / "run").as_posix() for file in (two / "run").rglob("*")}
+
+
+def test_a_rule_judges_by_two_processes_and_one_that_fails_in_one_ends_both_with_one_line(two):
+    assert scene(two, "rule")["code"] == 0
+    for result in json.loads((two / "rule" / "evaluation.json").read_text()).values():
+        references = json.loads((two / "rule" / "outputs" / "reference_outputs.json").read_text())
+        longer = [(len(text) > len(other["output"])) - (len(text) < len(other["output"])) for text, other in zip(
+            result["responses"], references, strict=True)]
+        assert result["preferences"] == [1.5 + sign / 2 for sign in longer]
+    line = one_line(two, "rule_of_one", 1)
+    assert "the rule rules.py:rule_of_one raised LookupError: no such word" in line
+    assert not (two / "rule_of_one" / "evaluation.json").exists()
 
 
 def test_what_evaluates_nothing_is_the_first_processs(two):
