@@ -8,6 +8,7 @@
     python evaluate.py winrate --annotations FILE      # from recorded judgements, AlpacaEval's or ours
     python evaluate.py report RUNS... --out DIR        # Tables 1 and 2, Figures 1 to 3 of finished runs
     python evaluate.py chat runs/bregman-s0            # your instructions, answered by SFT and policy side by side
+    torchrun --standalone --nproc-per-node 4 evaluate.py runs/bregman-s0        # the same figures, by four processes
 
 Win rate (section 2.1): each of the 805 evaluation instructions is answered by the policy and by a reference writer; one
 judge of a pool compares the two, in the miniature world one of `tiny/annotators.py`'s. True KL: section 4, Figure 2.
@@ -19,8 +20,10 @@ left out; every figure has a standard error.
 """
 
 import argparse
+import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,16 +45,17 @@ from evaluation.tables import changes_in_words, format_table, quality_table
 from formats.tokenizer import load_tokenizer
 from formats.write import any_console
 from lora import load_lora, lora_layers
+from training import launch, ranks
 from training.checkpoint import load_weights
 from training.config import TINY_PRESET, Parser, RunConfig, stored_config
 from training.folder import checkpoints, locked
+from training.interrupts import exit_code
 from training.models import Models, build_models
-from training.origin import texts_digest
-from training.ranks import refused
+from training.origin import texts_digest, weights_digest
+from training.plan import Shards, shards_of
 from training.rewards import ScoreTexts, is_rule, open_reader
 
 OPENAI = "https://api.openai.com/v1"
-COMMANDS = ("run", "winrate", "report", "chat")
 
 
 # ------------------------------------------------------------------------------------------------ what lies in a folder
@@ -67,43 +71,63 @@ class Policy:
 
 
 def evaluate_folder(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
-    """Measures what the folder holds; writes evaluation.json and outputs/ after every policy; returns {name: figures}."""
-    adapter = (folder / "adapter_config.json").is_file()
-    judges = llm_judges(args) if args.judge == "openai" else None  # a wrong address is said before models are loaded
-    run, policies = (open_adapter if adapter else open_run)(folder, args)
-    run.evaluation_length, run.query_length = args.max_tokens or run.evaluation_length, args.query_length or run.query_length
-    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
-    benchmark, passages, older = open_benchmark(args, run, tokenizer), None, measured_before(folder)
-    if args.passages:
-        check_topics(benchmark.topics, passages := load_passages(args.passages))
-    print(benchmark.in_words(run.query_length))
-    models = build_models(run, tokenizer)
-    for note in models.notes:
-        if note.startswith(("reward: ", "warning: ")):
-            print(note)
-    judges = judges or other_judges(args, models, run, benchmark)
+    """Measures what the folder holds; writes evaluation.json and outputs/ after every policy; returns {name: figures}. Where
+    several processes share it (docs/scale.md), the first of them asks the judges and writes."""
+    run, policies = ranks.each(lambda: open_folder(folder, args))
+    shards = ranks.each(lambda: shards_of(run))
+    benchmark, passages, older, models, judges = ranks.each(lambda: prepare(folder, run, shards, args))
     settings = settings_of_this(args, run, benchmark, judges)
+    ranks.require_equal("what is evaluated:", settings)
 
     def ask_all(prompts: Sequence[str], desc: str) -> list[str | None]:
         endpoint = endpoints_of(judges.pool)[0]
         return endpoint.ask_all(prompts, file=folder / "facts.jsonl", parallel=args.parallel, desc=desc)
 
-    results: dict[str, dict] = {}
-    for policy in policies:
-        policy.load(models)
-        trained = policy.step > 0  # else it is its own reference, and every KL zero
-        result = evaluate_policy(models, run, benchmark, policy.name, args.kl_tokens if trained else 0,
-                                 {name: f for name, f in ESTIMATORS.items() if name != "none"} if trained else None)
+    def finish(policy: Policy, result: dict, pool: dict[str, Judge]) -> dict[str, dict]:
         name = result_name(older, policy.name, settings)
         if judges:
-            records = judge_answers(judges, benchmark.tasks, result, folder, name)
+            records = judge_answers(judges, pool, benchmark.tasks, result, folder, name)
             result |= {"judge": judges.label} | judged([record["preference"] for record in records])
         if passages is not None:
             result |= fact_figures(count_facts(benchmark.topics, result["about"], passages, ask_all))
         write_outputs(folder, name, benchmark, result)
         results[name] = {"step": policy.step, "data": str(run.evaluation), "policy": policy.name, "settings": settings} | result
         write_results(folder, results)
+        return results
+
+    results: dict[str, dict] = {}
+    for policy in policies:
+        ranks.each(lambda policy=policy: policy.load(models))
+        if ranks.here().size > 1:
+            ranks.require_equal("what is loaded:", {policy.name: weights_digest(models.policy.named_parameters())})
+        trained = policy.step > 0  # else it is its own reference, and every KL zero
+        result = evaluate_policy(models, run, benchmark, policy.name, args.kl_tokens if trained else 0,
+                                 {name: f for name, f in ESTIMATORS.items() if name != "none"} if trained else None)
+        pool = pool_of(judges, benchmark.tasks, result) if judges else {}
+        results = ranks.first_at_leisure(finish, policy, result, pool)
     return results
+
+
+def open_folder(folder: Path, args: argparse.Namespace) -> tuple[RunConfig, list[Policy]]:
+    """What it holds, with the lengths that were asked for."""
+    run, policies = (open_adapter if (folder / "adapter_config.json").is_file() else open_run)(folder, args)
+    run.evaluation_length, run.query_length = args.max_tokens or run.evaluation_length, args.query_length or run.query_length
+    return run, policies
+
+
+def prepare(folder: Path, run: RunConfig, shards: Shards | None, args: argparse.Namespace) -> tuple:
+    """Everything else before the first answer: benchmark, passages, what was measured before, models, judges."""
+    judges = llm_judges(args) if args.judge == "openai" else None  # a wrong address is said before models are loaded
+    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
+    benchmark, passages, older = open_benchmark(args, run, tokenizer), None, measured_before(folder)
+    if args.passages:
+        check_topics(benchmark.topics, passages := load_passages(args.passages))
+    print(benchmark.in_words(run.query_length))
+    models = build_models(run, tokenizer, shards)
+    for note in models.notes:
+        if note.startswith(("reward: ", "warning: ")):
+            print(note)
+    return benchmark, passages, older, models, judges or other_judges(args, models, run, benchmark)
 
 
 def settings_of_this(args: argparse.Namespace, run: RunConfig, benchmark: Benchmark, judges: "Judges | None") -> dict[str, Any]:
@@ -230,16 +254,21 @@ def other_judges(args: argparse.Namespace, models: Models, run: RunConfig, bench
     return Judges(f"reward {args.judge_reward}", score=reader.score_texts, seed=args.judge_seed)
 
 
-def judge_answers(judges: Judges, tasks: Sequence[dict], result: dict, folder: Path, policy: str) -> list[dict]:
-    """A judgement of each answer beside the reference output, in AlpacaEval's form; what a pool says is kept as it comes."""
-    texts, references = result["responses"], [task["output"] for task in tasks]
-    pool, file = judges.pool, folder / "judgements.jsonl"
-    if judges.score:
-        both = [*tasks, *tasks], [*texts, *references]
-        scores = judges.score(*both, [*result["ended"], *[True] * len(tasks)])
-        scored = {(whole_instruction(task), text): score for task, text, score in zip(*both, scores, strict=True)}
-        pool, file = {"reward": ScoreJudge(scored)}, None
-    records = compare(tasks, texts, references, pool, seed=judges.seed, file=file, parallel=judges.parallel,
+def pool_of(judges: Judges, tasks: Sequence[dict], result: dict) -> dict[str, Judge]:
+    """Who judges these answers beside the reference outputs; a reward model reads all of both now, shared by the processes."""
+    if not judges.score:
+        return judges.pool
+    both = [*tasks, *tasks], [*result["responses"], *(task["output"] for task in tasks)]
+    scores = judges.score(*both, [*result["ended"], *[True] * len(tasks)])
+    scored = {(whole_instruction(task), text): score for task, text, score in zip(*both, scores, strict=True)}
+    return {"reward": ScoreJudge(scored)}
+
+
+def judge_answers(judges: Judges, pool: dict[str, Judge], tasks: Sequence[dict], result: dict, folder: Path, policy: str
+                  ) -> list[dict]:
+    """A judgement of each answer beside the reference output, in AlpacaEval's form; what LLMs say is kept as it comes."""
+    records = compare(tasks, result["responses"], [task["output"] for task in tasks], pool, seed=judges.seed,
+                      file=None if judges.score else folder / "judgements.jsonl", parallel=judges.parallel,
                       names=(tasks[0].get("generator", "reference"), policy))
     write_annotations(folder, policy, records)
     if endpoints := endpoints_of(pool):
@@ -328,13 +357,15 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--judge-reward goes with --judge reward, not {args.judge}")
     if args.passages and not args.topics:
         raise ValueError("--passages needs --topics: what to ask about, one a line")
+    if not any((args.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"{args.folder}: neither a run folder (config.json) nor an adapter (adapter_config.json)")
 
 
 def run_command(args: argparse.Namespace) -> None:
-    check_options(args)
-    if not any((args.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise FileNotFoundError(f"{args.folder}: neither a run folder (config.json) nor an adapter (adapter_config.json)")
-    with locked(args.folder, ".evaluating.lock", "folder"):  # beside a run that is going on, but not beside another evaluation
+    ranks.each(lambda: check_options(args))
+    ranks.require_equal("flag", vars(args))
+    with contextlib.ExitStack() as until_the_end:  # beside a run that is going on, but not beside another evaluation
+        ranks.first(until_the_end.enter_context, locked(args.folder, ".evaluating.lock", "folder"))
         results = evaluate_folder(args.folder, args)
     print(format_table({result["policy"]: result for result in results.values()}))
     first, *others = ((result["policy"], result) for result in results.values())
@@ -371,34 +402,43 @@ def winrate_command(args: argparse.Namespace) -> None:
         print(f"{mean:.2f} ± {error:.2f} %  mean and bootstrap standard error over {len(rates)} files")
 
 
+def report_command(args: argparse.Namespace) -> None:
+    from evaluation.report import write_report
+
+    write_report(args.folders, args.out, args.judge)
+
+
+def chat_command(args: argparse.Namespace) -> None:
+    from evaluation.chat import chat
+
+    if ranks.here().size > 1:
+        raise ValueError("chat is with one process: start it with python, without torchrun")
+    chat(args.folder, args.step, args.temperature, args.max_tokens, args.seed)
+
+
+COMMANDS = {"run": run_command, "winrate": winrate_command, "report": report_command, "chat": chat_command}
+
+
+def complain(error: BaseException) -> tuple[int, str]:
+    """(exit code, what to say): 2 for bad input, 1 for what it met on its way."""
+    match error:
+        case KeyboardInterrupt():
+            return 130, "evaluate.py: interrupted; what was judged is kept, the same command goes on from there"
+        case ValueError() | OSError() | EndpointError():  # raised: by a rule
+            return 1 if getattr(error, "raised", False) or isinstance(error, launch.Lost) else 2, f"evaluate.py: {error}"
+    return 1, "".join(traceback.format_exception(error))
+
+
 def main() -> int:
     any_console()
-    if refused("evaluate.py"):
-        return 2
     argv = sys.argv[1:]
     if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
         argv = ["run", *argv]
-    args = build_parser().parse_args(argv)
-    try:
-        if args.command == "run":
-            run_command(args)
-        elif args.command == "winrate":
-            winrate_command(args)
-        elif args.command == "report":
-            from evaluation.report import write_report
-
-            write_report(args.folders, args.out, args.judge)
-        else:
-            from evaluation.chat import chat
-
-            chat(args.folder, args.step, args.temperature, args.max_tokens, args.seed)
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted; what was judged is kept, the same command goes on from there", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, EndpointError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 1 if getattr(error, "raised", False) else 2  # a rule that failed on its way
-    return 0
+    with ranks.one_voice():
+        args = build_parser().parse_args(argv)
+    # All processes measure; what needs no model, the first does.
+    work = COMMANDS[args.command] if args.command == "run" else lambda args: ranks.first(COMMANDS[args.command], args)
+    return exit_code(lambda: work(args), complain)
 
 
 if __name__ == "__main__":

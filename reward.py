@@ -33,11 +33,12 @@ import inspect
 import json
 import math
 import os
+import random
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -444,27 +445,48 @@ def _raw_scores(model: RewardModel, sequences: Sequence[Sequence[int]], pad_toke
 # ------------------------------------------------------------------------------------------------------------- training
 
 
+def shared(team: Any, work: Callable, items: Sequence) -> list:
+    """work(item) of each item, in their order, whoever of the team does which. team: like ppo.Alone; None: one process."""
+    if team is None:
+        return [work(item) for item in items]
+
+    def do_mine() -> dict[int, Any]:
+        mine = team.share(list(range(len(items))))
+        if team.in_step:  # the others' forward passes take this process too: who has one less does the first again
+            mine += [0] * (-(-len(items) // team.size) - len(mine))
+        return {k: work(items[k]) for k in mine}
+
+    found = {k: result for part in team.gather(do_mine) for k, result in part.items()}
+    return [found[k] for k in range(len(items))]
+
+
 @torch.no_grad()
 def score_all(model: RewardModel, sequences: Sequence[Sequence[int]], pad_token_id: int = 0, batch_size: int = 32,
-              progress: bool = False) -> Tensor:
+              progress: bool = False, team: Any = None) -> Tensor:
     """Raw scores (N,) on the CPU of token lists in any number and length, in eval mode. Raises FloatingPointError at NaN."""
     was_training = model.training
     model.eval()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
     scores = torch.empty(len(sequences))
-    for start in tqdm(range(0, len(order), batch_size), desc="score", disable=not progress):
-        rows = order[start:start + batch_size]
-        scores[rows] = _raw_scores(model, [sequences[i] for i in rows], pad_token_id).cpu()
+    with tqdm(total=len(batches), desc="score", disable=not progress) as bar:
+        def score(rows: list[int]) -> Tensor:
+            bar.update()
+            return _raw_scores(model, [sequences[i] for i in rows], pad_token_id).cpu()
+
+        for rows, found in zip(batches, shared(team, score, batches), strict=True):
+            scores[rows] = found
     model.train(was_training)
     if bad := int((~scores.isfinite()).sum()):
         raise FloatingPointError(f"{bad} of {len(scores)} scores are NaN or infinite")
     return scores
 
 
-def accuracy(model: RewardModel, groups: Sequence[Group], pad_token_id: int = 0, batch_size: int = 32) -> Accuracy:
+def accuracy(model: RewardModel, groups: Sequence[Group], pad_token_id: int = 0, batch_size: int = 32,
+             team: Any = None) -> Accuracy:
     """How often the model's order agrees with the labels of `groups`."""
     sequences, pairs = _flatten(groups)
-    scores = score_all(model, sequences, pad_token_id, batch_size)
+    scores = score_all(model, sequences, pad_token_id, batch_size, team=team)
     margin = scores[pairs[:, 0]] - scores[pairs[:, 1]]
     owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(group.pairs) for group in groups]))
     right, counted = ((torch.zeros(len(groups)).index_add_(0, owner, x.float())) for x in (margin > 0, margin != 0))
@@ -479,13 +501,13 @@ def accuracy(model: RewardModel, groups: Sequence[Group], pad_token_id: int = 0,
 
 
 @torch.no_grad()
-def standardise(model: RewardModel, sequences: Sequence[Sequence[int]], pad_token_id: int = 0,
-                batch_size: int = 32) -> tuple[float, float]:
+def standardise(model: RewardModel, sequences: Sequence[Sequence[int]], pad_token_id: int = 0, batch_size: int = 32,
+                team: Any = None) -> tuple[float, float]:
     """Set the model's mean and std from its raw scores of `sequences` (samples of the SFT model), and return them.
 
     Raises ValueError where the scores have no spread.
     """
-    scores = score_all(model, sequences, pad_token_id, batch_size).double()
+    scores = score_all(model, sequences, pad_token_id, batch_size, team=team).double()
     mean, std = scores.mean().item(), scores.std(correction=0).item()
     if not std > 1e-6:
         raise ValueError(f"cannot standardise: {len(sequences)} sequences have scores of standard deviation {std:.2g}")
@@ -521,7 +543,7 @@ class TrainingConfig:
     warmup: float = 0.03                # share of the steps on the way up
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    seed: int = 0                       # of the order (torch's own generator draws the dropout)
+    seed: int = 0                       # of the order and the dropout
 
 
 REWARD = TrainingConfig(epochs=1, batch_size=64, learning_rate=LEARNING_RATES["full"])
@@ -532,12 +554,13 @@ class Loop:
 
     It may be left after any step and taken up by another process: state_dict() holds everything beside the trained
     weights that decides how it goes on. `step` counts the steps taken, `history` holds a row for every finished epoch,
-    `sums` is for what the caller adds up over the present one.
+    `sums` is for what the caller adds up over the present one. team: where several processes share each batch, this one's
+    view of them, like ppo.Alone (training/ranks.py); None: there is one.
     """
 
     def __init__(self, parameters: list[nn.Parameter], lengths: list[int], config: TrainingConfig,
-                 betas: tuple[float, float] = (0.9, 0.999)) -> None:
-        self.parameters, self.lengths, self.config = parameters, lengths, config
+                 betas: tuple[float, float] = (0.9, 0.999), team: Any = None) -> None:
+        self.parameters, self.lengths, self.config, self.team = parameters, lengths, config, team
         self.total = config.epochs * math.ceil(len(lengths) / config.batch_size)
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=betas,
                                            weight_decay=config.weight_decay, fused=True)
@@ -592,6 +615,28 @@ class Loop:
         batches = length_batches(self.lengths, self.config.batch_size, self.generator)
         return batches[self.step - len(self.history) * len(batches):]
 
+    def micro_batches(self, batch: list) -> Iterator[list]:
+        """Those of a batch that are this process's. torch is seeded for each by its place in the training, so that its dropout
+        depends neither on what was drawn before nor on who goes through it."""
+        size = self.config.micro_batch_size or self.config.batch_size
+        starts = list(enumerate(range(0, len(batch), size)))
+        for i, start in self.team.share(starts) if self.team else starts:
+            torch.manual_seed(random.Random(f"{self.config.seed} {self.step} {i}").getrandbits(63))
+            yield batch[start:start + size]
+
+    def add_up(self, *sums: float) -> list[float]:
+        """The sums over all processes, and in place those of the gradients."""
+        if self.team is None or self.team.size == 1:
+            return list(sums)
+        reached = [float(p.grad is not None) for p in self.parameters]
+        for p in self.parameters:  # a process without a micro-batch has none, and all must send the same
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        sent = torch.tensor([*sums, *reached], device=self.parameters[0].device)
+        found = torch.stack(list(self.team.total(dict(zip(map(str, range(len(sent))), sent)), self.parameters).values())).tolist()
+        for p, processes in zip(self.parameters, found[len(sums):], strict=True):
+            p.grad = p.grad if processes else None  # what no loss depends on stays without, and AdamW passes it over
+        return found[:len(sums)]
+
     def update(self, loss: float) -> None:
         """One step on the gradient that was added up."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
@@ -606,13 +651,9 @@ class Loop:
 
     def state_dict(self) -> dict[str, Any]:
         """Of tensors, numbers, strings and their lists alone, as torch.load(weights_only=True) reads them."""
-        device = self.parameters[0].device
-        random_states = {"cpu": torch.get_rng_state()}
-        if device.type != "cpu":  # dropout draws there
-            random_states[device.type] = torch.mps.get_rng_state() if device.type == "mps" else torch.cuda.get_rng_state(device)
         rows = [{name: tuple(x) if isinstance(x, tuple) else x for name, x in row.items()} for row in self.history]
         return {"step": self.step, "history": rows, "sums": dict(self.sums), "seconds": self.seconds(), "order": self.order,
-                "random": random_states, "optimizer": self.optimizer.state_dict()}
+                "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse; the trained weights are to be put back beside it."""
@@ -622,36 +663,33 @@ class Loop:
         self.begun = time.perf_counter() - state["seconds"]
         self.generator.set_state(state["order"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for kind, random_state in state["random"].items():
-            if kind == "cuda":
-                torch.cuda.set_rng_state(random_state, self.parameters[0].device)
-            else:
-                (torch.mps if kind == "mps" else torch).set_rng_state(random_state)
 
 
 def train_reward(model: RewardModel, groups: Sequence[Group], config: TrainingConfig = REWARD, *,
                  held_out: Sequence[Group] = (), pad_token_id: int = 0, progress: bool = True,
-                 on_step: Callable[[Loop], object] | None = None) -> list[dict]:
+                 on_step: Callable[[Loop], object] | None = None, team: Any = None) -> list[dict]:
     """Train what requires gradients, in place, on the raw scores of all labelled pairs; each sequence is scored once.
 
-    on_step: see Loop.run. Returns a dict an epoch: epoch, loss and accuracy (running means over training pairs), held_out
-    (an Accuracy, or None). Raises ValueError where there is nothing to train or to train on, FloatingPointError at NaN.
+    on_step: see Loop.run; team: see Loop. Returns a dict an epoch: epoch, loss and accuracy (running means over training
+    pairs), held_out (an Accuracy, or None). Raises ValueError where there is nothing to train or to train on,
+    FloatingPointError at NaN.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [group for group in groups if group.pairs]
     if not parameters or not groups:
         raise ValueError("train_reward: " + ("no labelled pairs" if parameters else "no parameter requires gradients"))
-    loop = Loop(parameters, [max(map(len, group.sequences)) for group in groups], config)
-    sums, micro = loop.sums, config.micro_batch_size or config.batch_size
+    loop = Loop(parameters, [max(map(len, group.sequences)) for group in groups], config, team=team)
+    sums = loop.sums
 
     def learn(batch: list[int]) -> tuple[float, dict[str, str]]:
-        loss, right, n = _accumulate(model, [groups[i] for i in batch], micro, pad_token_id)
+        n = sum(len(groups[i].pairs) for i in batch)
+        loss, right = loop.add_up(*_accumulate(model, loop.micro_batches([groups[i] for i in batch]), n, pad_token_id))
         sums.update(loss=loss * n, right=right, pairs=n)
         return loss, {"accuracy": f"{sums['right'] / sums['pairs']:.3f}"}
 
     def row() -> dict:
         found = {"loss": sums["loss"] / sums["pairs"], "accuracy": sums["right"] / sums["pairs"],
-                 "held_out": accuracy(model, held_out, pad_token_id) if held_out else None}
+                 "held_out": accuracy(model, held_out, pad_token_id, team=team) if held_out else None}
         if progress:
             tqdm.write(_epoch_line(len(loop.history) + 1, found))
         return found
@@ -666,20 +704,18 @@ def _epoch_line(epoch: int, row: dict) -> str:
     return f"epoch {epoch}: loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}; held out {shown}"
 
 
-def _accumulate(model: RewardModel, batch: list[Group], micro_batch_size: int,
-                pad_token_id: int) -> tuple[float, float, int]:
-    """Add the gradient of the batch's mean loss. Returns (that loss, pairs in the right order, pairs)."""
-    n = sum(len(group.pairs) for group in batch)
+def _accumulate(model: RewardModel, micro_batches: Iterable[list[Group]], n: int, pad_token_id: int) -> tuple[float, float]:
+    """Add the gradient of the mean loss of n pairs, those of the micro-batches. Returns (that loss, pairs in the right order)."""
     mean, right = 0.0, 0.0
-    for i in range(0, len(batch), micro_batch_size):
-        sequences, pairs = _flatten(batch[i:i + micro_batch_size])
+    for groups in micro_batches:
+        sequences, pairs = _flatten(groups)
         scores = _raw_scores(model, sequences, pad_token_id)
         chosen, rejected = scores[pairs.to(scores.device).T]
         # Weighted by its share of the batch's pairs: every label counts the same, in whatever micro-batch it falls.
         loss = pairwise_loss(chosen, rejected) * (len(pairs) / n)
         loss.backward()
         mean, right = mean + loss.item(), right + (chosen > rejected).sum().item()
-    return mean, right, n
+    return mean, right
 
 
 # -------------------------------------------------------------------------------------------------------------- program
@@ -738,11 +774,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"saved {args.out}")
 
 
-def train_and_save(args: argparse.Namespace, stage: Any) -> None:
-    """A training from its beginning or its newest checkpoint to the stored model."""
+def prepare(args: argparse.Namespace) -> tuple[RewardModel, Any, list[Group], list[Group]]:
+    """(model, tokenizer, training groups, held-out groups) of a training before its first step."""
     from data import template_to_store
     from formats.tokenizer import check_vocabulary, describe_tokenizer, load_tokenizer
-    from training.stages import load_base, merge_for_storing, say_window, training_config
+    from training.stages import load_base, say_window
 
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.base)
@@ -752,16 +788,24 @@ def train_and_save(args: argparse.Namespace, stage: Any) -> None:
     model.prompt_template = template_to_store(args.prompt_template)
     say_window(args, model.backbone, f"--base {args.base}")
     check_vocabulary(tokenizer, model.backbone.config.vocab_size, f"--base {args.base}")
+    return model, tokenizer, groups, held_out
+
+
+def train_and_save(args: argparse.Namespace, stage: Any) -> None:
+    """A training from its beginning or its newest checkpoint to the stored model."""
+    from training.stages import each, everybodys, merge_for_storing, training_config
+
+    model, tokenizer, groups, held_out = each(lambda: prepare(args))
     stage.begin(model, model.backbone, args.base, [*groups, *held_out])
     history = train_reward(model, groups, training_config(args, REWARD), held_out=held_out, pad_token_id=tokenizer.pad_token_id,
-                           on_step=stage)
+                           on_step=stage, team=stage.team)
     merge_for_storing(model.backbone)  # before standardising: its scores are to be those of what is stored
     # Outputs of preference data are samples of the SFT model; held-out ones weren't fitted, so their spread is honest.
     samples = [sequence for group in held_out or groups for sequence in group.sequences]
     try:
-        mean, std = standardise(model, samples, tokenizer.pad_token_id)
+        mean, std = standardise(model, samples, tokenizer.pad_token_id, team=stage.team)
     except ValueError as error:
-        raise ValueError(f"{error}; the trained weights are in {stage.saved}") from error
+        raise everybodys(ValueError(f"{error}; the trained weights are in {stage.saved}")) from error
     print(f"standardised on {len(samples)} samples: raw mean {mean:.3f}, deviation {std:.3f}")
     rows = [row | {"held_out": row["held_out"] and row["held_out"]._asdict()} for row in history]
     stage.finish(lambda folder: save_reward_model(model, folder, tokenizer), rows, mean=mean, std=std)
@@ -771,7 +815,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 2 with one line for bad input, or as training/stages.py has them."""
     from training.stages import exit_code
 
-    return exit_code("reward.py", lambda: run(parse_args(argv)))
+    return exit_code("reward.py", lambda: parse_args(argv), run)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from data import encode_pair, load_instructions
 from formats.tokenizer import check_vocabulary, describe_tokenizer, load_tokenizer
 from lora import lora_layers, save_lora
 from model import Llama
-from reward import Loop, TrainingConfig
+from reward import Loop, TrainingConfig, shared
+from training.ranks import each
 from training.stages import (Flags, Stage, exit_code, load_base, merge_for_storing, number, parse, say_window, training_config,
                              training_flags, training_folder)
 
@@ -72,14 +73,16 @@ def response_loss(model: nn.Module, pairs: Sequence[Pair], pad_token_id: int) ->
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, pairs: Sequence[Pair], pad_token_id: int = 0, batch_size: int = 32) -> float:
+def validation_loss(model: nn.Module, pairs: Sequence[Pair], pad_token_id: int = 0, batch_size: int = 32,
+                    team: Any = None) -> float:
     """Mean cross-entropy per response token, in nats, with dropout off. Raises FloatingPointError at NaN."""
     was_training = model.training
     model.eval()
     ordered = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
-    sums = [response_loss(model, ordered[i:i + batch_size], pad_token_id) for i in range(0, len(ordered), batch_size)]
+    batches = [ordered[i:i + batch_size] for i in range(0, len(ordered), batch_size)]
+    sums = shared(team, lambda batch: response_loss(model, batch, pad_token_id)[0].item(), batches)
     model.train(was_training)
-    mean = sum(loss.item() for loss, _ in sums) / sum(n for _, n in sums)
+    mean = sum(sums) / sum(len(response) for _, response in pairs)
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss of held-out sequences is {mean}")
     return mean
@@ -89,12 +92,13 @@ def validation_loss(model: nn.Module, pairs: Sequence[Pair], pad_token_id: int =
 
 
 def train_sft(model: nn.Module, sequences: Sequence[Pair], config: TrainingConfig = SFT, *, validation: Sequence[Pair] = (),
-              pad_token_id: int = 0, progress: bool = True, desc: str = "SFT",
-              on_step: Callable[[Loop], object] | None = None) -> list[dict]:
+              pad_token_id: int = 0, progress: bool | str = True, on_step: Callable[[Loop], object] | None = None,
+              team: Any = None) -> list[dict]:
     """Train the parameters of `model` that require gradients, in place, on (prompt ids, response ids through EOS).
 
-    `model` offers `.hidden(input_ids)` -> (B, S, D) and `.lm_head`; on_step: see reward.Loop.run. Returns a dict an epoch:
-    epoch, loss and validation_loss (nats per response token; None without validation), tokens_per_second (padding left out).
+    `model` offers `.hidden(input_ids)` -> (B, S, D) and `.lm_head`; progress: a bar, under a name of its own if it is one;
+    on_step: see reward.Loop.run; team: see reward.Loop. Returns a dict an epoch: epoch, loss and validation_loss (nats per
+    response token; None without validation), tokens_per_second (padding left out).
     Raises ValueError where there is nothing to train or to train on, FloatingPointError at NaN.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -103,33 +107,33 @@ def train_sft(model: nn.Module, sequences: Sequence[Pair], config: TrainingConfi
     if not sequences or not all(len(prompt) and len(response) for prompt, response in sequences):
         raise ValueError("train_sft: give at least one sequence, each with a prompt and a response of at least a token")
     micro = config.micro_batch_size or config.batch_size
-    loop = Loop(parameters, [len(prompt) + len(response) for prompt, response in sequences], config, betas=(0.9, 0.95))
+    loop = Loop(parameters, [len(prompt) + len(response) for prompt, response in sequences], config, (0.9, 0.95), team)
     sums = loop.sums
 
     def learn(batch: list[int]) -> tuple[float, dict[str, str]]:
-        loss, n = _accumulate(model, [sequences[i] for i in batch], micro, pad_token_id)
+        n = sum(len(sequences[i][1]) for i in batch)
+        [loss] = loop.add_up(_accumulate(model, loop.micro_batches([sequences[i] for i in batch]), n, pad_token_id))
         sums.update(tokens=sum(loop.lengths[i] for i in batch), targets=n)
         sums["loss"] += (loss - sums["loss"]) * n / sums["targets"]
         return loss, {"lr": f"{loop.rate:.1e}", "tokens/s": f"{sums['tokens'] / loop.seconds():.0f}"}
 
     def row() -> dict:
         found = {"loss": sums["loss"], "tokens_per_second": sums["tokens"] / loop.seconds()}
-        held_out = validation_loss(model, validation, pad_token_id, micro) if validation else None
+        held_out = validation_loss(model, validation, pad_token_id, micro, team) if validation else None
         return found | {"validation_loss": held_out}
 
-    return loop.run(model, learn, row, on_step, desc, progress)
+    return loop.run(model, learn, row, on_step, progress if isinstance(progress, str) else "SFT", bool(progress))
 
 
-def _accumulate(model: nn.Module, batch: list[Pair], micro_batch_size: int, pad_token_id: int) -> tuple[float, int]:
-    """Add the gradient of the batch's mean loss. Returns (that loss per response token, response tokens)."""
-    n = sum(len(response) for _, response in batch)
+def _accumulate(model: nn.Module, micro_batches: Iterable[list[Pair]], n: int, pad_token_id: int) -> float:
+    """Add the gradient of the mean loss of n response tokens, which the micro-batches hold. Returns that loss."""
     mean = 0.0
-    for i in range(0, len(batch), micro_batch_size):
+    for pairs in micro_batches:
         # Divided by the whole batch's tokens: a mean of micro-batch means would weigh the shorter responses more.
-        loss = response_loss(model, batch[i:i + micro_batch_size], pad_token_id)[0] / n
+        loss = response_loss(model, pairs, pad_token_id)[0] / n
         loss.backward()
         mean += loss.item()
-    return mean, n
+    return mean
 
 
 # -------------------------------------------------------------------------------------------------------------- program
@@ -182,8 +186,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"saved {args.out}")
 
 
-def train_and_save(args: argparse.Namespace, stage: Stage) -> None:
-    """A training from its beginning or its newest checkpoint to the stored model."""
+def prepare(args: argparse.Namespace) -> tuple[Llama, Any, list[Pair], list[Pair]]:
+    """(model, tokenizer, training sequences, those held out) of a training before its first step."""
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     print(describe_tokenizer(tokenizer))
@@ -191,9 +195,15 @@ def train_and_save(args: argparse.Namespace, stage: Stage) -> None:
     model = load_base(args, args.model)
     check_vocabulary(tokenizer, model.config.vocab_size, f"--model {args.model}")
     say_window(args, model, f"--model {args.model}")
+    return model, tokenizer, training, validation
+
+
+def train_and_save(args: argparse.Namespace, stage: Stage) -> None:
+    """A training from its beginning or its newest checkpoint to the stored model."""
+    model, tokenizer, training, validation = each(lambda: prepare(args))
     stage.begin(model, model, args.model, [*training, *validation])
     history = train_sft(model, training, training_config(args, SFT), validation=validation, pad_token_id=tokenizer.pad_token_id,
-                        on_step=stage)
+                        on_step=stage, team=stage.team)
     if not validation:  # then nothing has read the last step's weights yet: raises at NaN
         validation_loss(model, training[:4], tokenizer.pad_token_id)
     for row in history:
@@ -205,7 +215,7 @@ def train_and_save(args: argparse.Namespace, stage: Stage) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 2 with one line for bad input, or as training/stages.py has them."""
-    return exit_code("sft.py", lambda: run(parse_args(argv)))
+    return exit_code("sft.py", lambda: parse_args(argv), run)
 
 
 if __name__ == "__main__":

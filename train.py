@@ -37,7 +37,7 @@ from evaluation.tables import before_after
 from formats.tokenizer import load_tokenizer
 from formats.write import any_console, write_json
 from reward import RuleError
-from training import ranks
+from training import launch, ranks
 from training.checkpoint import LINES, State, load_checkpoint, save_bundle, save_checkpoint
 from training.config import RunConfig, build_config, build_parser, read_config, stored_config
 from training.devices import require_device, resolve_devices, same_kernels
@@ -80,7 +80,7 @@ def train_in(out: Path, run: RunConfig, resume: bool) -> None:
     with Interrupts() as interrupts:
         try:
             stop = loop(run, models, state, benchmark, interrupts)
-        except (FloatingPointError, RuleError, ranks.Lost) as error:
+        except (FloatingPointError, RuleError, launch.Lost) as error:
             error.args = (explain(error, out, state.step + 1, models.sampled),)
             raise
     if stop:
@@ -121,7 +121,7 @@ def explain(error: Exception, out: Path, step: int, sampled: list[tuple[torch.Te
         sampled = [chunk for part in team.gather(lambda: sampled) for chunk in part]
     if team.rank and ranks.is_everybodys(error):
         return str(error)
-    bundle = "" if isinstance(error, ranks.Lost) else save_bundle(out, step, error, sampled)
+    bundle = "" if isinstance(error, launch.Lost) else save_bundle(out, step, error, sampled)
     return f"step {step}: {error}{bundle}; {checkpoints_line(out)}"
 
 
@@ -304,7 +304,7 @@ def main() -> int:
         given = vars(build_parser(__doc__.split("\n\n")[0]).parse_args())
     resume, only_plan = given.pop("resume", False), given.pop("plan", False)
     try:
-        with ranks.joined(), ranks.one_voice():
+        with launch.joined(), ranks.one_voice():
             run_as_told(given, resume, only_plan)
         return 0
     except (Exception, KeyboardInterrupt) as error:

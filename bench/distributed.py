@@ -1,6 +1,6 @@
 """One run by 1, 2 and 4 processes over gloo: equal figures, other numbers of processes at a resume, kills, signals, restarts.
 
-    python bench/distributed.py                    # all of it, about ten minutes on two cores
+    python bench/distributed.py                    # all of it, about a quarter of an hour on two cores
     python bench/distributed.py --only kill restart
 
 Every run is a small one of the miniature world under torchrun. "The same" means: samples and answers equal, every metric within
@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from kill_resume import write_data  # noqa: E402
 from training.folder import checkpoints, damage, newest_whole  # noqa: E402
 
 TINY = ROOT / "tiny"
@@ -219,10 +220,10 @@ def load_by_rows(folder: Path) -> None:
 
     from bench.loading import resident
     from model import Llama
-    from training import ranks
+    from training import launch
     from training.shard import Shards, machine_mesh
 
-    with ranks.joined():
+    with launch.joined():
         part = Shards(machine_mesh("cpu"), whole=False).rows(torch.float32, "cpu")
         before = resident("VmRSS")
         model = Llama.from_pretrained(folder, part=part)
@@ -329,8 +330,77 @@ def lost_node(bench: Bench) -> None:
               f"through {time.monotonic() - begun:.0f} s later; {found}", right and code == 0 and resumed == 1)
 
 
+def run_program(folder: Path, name: str, processes: int, program: str, *argv: object, torchrun: tuple = ()) -> subprocess.Popen:
+    """Any program by so many processes, what it says in folder/<name>.log."""
+    how = ["-m", "torch.distributed.run", "--standalone", *torchrun, "--nproc-per-node", processes] if processes > 1 else []
+    log = open(folder / f"{name}.log", "a", encoding="utf-8")
+    return subprocess.Popen([str(word) for word in (sys.executable, *how, ROOT / program, *argv)], stdout=log, stderr=log,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def gaps_between(a: object, b: object) -> list[float]:
+    """Of two results, each number's difference over its size (or over 0.001); infinity where anything else differs."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [gap for key in a for gap in gaps_between(a[key], b[key])]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [gap for x, y in zip(a, b, strict=True) for gap in gaps_between(x, y)]
+    if isinstance(a, float) and isinstance(b, float):
+        return [abs(a - b) / max(abs(a), 1e-3)]
+    return [0.0 if a == b else float("inf")]
+
+
+def compare_stage(bench: Bench, what: str, one: Path, other: Path, before: str = "") -> None:
+    """Two folders of sft.py or reward.py."""
+    if not (other / "config.json").is_file():
+        bench.say(what, f"{before}no model", False)
+        return
+    first, second = (json.loads((out / "training.json").read_text(encoding="utf-8")) for out in (one, other))
+    for row in first["history"] + second["history"]:
+        row.pop("tokens_per_second", None)
+    gap, weights = max(gaps_between(first, second)), 0.0
+    for file in one.rglob("*.safetensors"):
+        a, b = load_file(file), load_file(other / file.relative_to(one))
+        weights = max([weights, *((a[k] - b[k]).abs().max().item() for k in a)])
+    found = f"figures of its epochs within {gap:.1e}, weights within {weights:.1e}"
+    bench.say(what, before + found, gap <= 1e-3 and weights <= 1e-4)
+
+
+def stages(bench: Bench) -> None:
+    """sft.py, reward.py and evaluate.py by 1, 2 and 4 processes; a kill of one under --max-restarts, and a resume by one."""
+    for program in ("sft.py", "reward.py"):
+        folder = bench.folder / program.removesuffix(".py")
+        folder.mkdir()
+        flags = [*write_data(program, folder), "--micro-batch-size", 2, "--save-every", 1]  # 8 of 58: the last batch has two
+        for n in (1, 2, 4):
+            run_program(folder, f"by-{n}", n, program, *flags, "--out", folder / f"by-{n}").wait()
+            if n > 1:
+                compare_stage(bench, f"{program}, {n} processes", folder / "by-1", folder / f"by-{n}")
+        run = run_program(folder, "killed", 2, program, *flags, "--out", folder / "killed", torchrun=("--max-restarts", "1"))
+        wait_for_step(run, folder / "killed", 5)
+        os.kill(workers(run)[1], signal.SIGKILL)
+        code, log = run.wait(), (folder / "killed.log").read_text(encoding="utf-8")
+        compare_stage(bench, f"{program}, SIGKILL to rank 1 of 2 under --max-restarts 1", folder / "by-1", folder / "killed",
+                      f"exit code {code}, resumed by itself {log.count('resumed from')} time; ")
+        run = run_program(folder, "term", 4, program, *flags, "--out", folder / "term")
+        wait_for_step(run, folder / "term", 5)
+        os.kill(workers(run)[3], signal.SIGTERM)
+        run.wait()
+        said = [line for line in (folder / "term.log").read_text(encoding="utf-8").splitlines() if line.startswith("stopped by")]
+        run_program(folder, "term", 1, program, "--resume", "--out", folder / "term").wait()
+        compare_stage(bench, f"{program}, SIGTERM to rank 3 of 4, resumed by one", folder / "by-1", folder / "term",
+                      f"“{said[0].partition(';')[0] if said else 'nothing said'}”; ")
+    found = {}
+    for n in (1, 2, 4):
+        out = Path(shutil.copytree(bench.by_one(), bench.folder / f"evaluated-by-{n}"))
+        run_program(bench.folder, out.name, n, "evaluate.py", out, "--kl-tokens", 4000).wait()
+        found[n] = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+        if n > 1:
+            gap = max(gaps_between(found[1], found[n]))
+            bench.say(f"evaluate.py, {n} processes", f"answers and judgements identical, figures within {gap:.1e}", gap <= 1e-3)
+
+
 SCENES = {scene.__name__: scene for scene in (same, shard, resume, shard_resume, loading, kill, stop, restart, shard_failures,
-                                              nodes, lost_node)}
+                                              nodes, lost_node, stages)}
 
 
 def main() -> int:

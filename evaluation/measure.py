@@ -28,6 +28,7 @@ from divergences import true_kl
 from evaluation.factuality import FactCount, fact_figures
 from evaluation.statistics import mean_and_error, ratio_and_error, win_rate
 from ppo import Actors
+from reward import shared
 from training.config import RunConfig
 from training.models import Models
 from training.ranks import here
@@ -253,19 +254,6 @@ def token_divergences(actors: Actors, prompts: Sequence[Sequence[int]], response
         parts = shared(actors.team, read, batches)
     return ([length for lengths, _ in parts for length in lengths],
             {name: torch.cat([values[name] for _, values in parts]) for name in ("true_kl", *(estimators or {}))})
-
-
-def shared(team: Any, work: Callable, items: list) -> list:
-    """work(item) of each item, in their order, whoever of the team does which."""
-    def do_mine() -> dict[int, Any]:
-        mine = team.share(list(range(len(items))))
-        most = -(-len(items) // team.size)
-        if team.in_step:  # the others' forward passes take this process too: it does the first once more
-            mine += [0] * (most - len(mine))
-        return {k: work(items[k]) for k in mine}
-
-    found = {k: result for part in team.gather(do_mine) for k, result in part.items()}
-    return [found[k] for k in range(len(items))]
 
 
 def divergences_of_batch(logits: Tensor, ref_logits: Tensor, tokens: Tensor, temperature: float,

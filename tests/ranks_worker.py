@@ -24,7 +24,7 @@ from runs import settings, to_flags
 
 import ppo
 import train
-from training import checkpoint, models, ranks, shard
+from training import checkpoint, launch, models, ranks, shard
 
 RANK = int(os.environ.get("RANK", 0))
 ONE_STEP = {"steps": 1, "evaluation": None}
@@ -65,9 +65,9 @@ def recorded() -> Iterator[dict]:
 def play(folder: Path, scene: str, flags: list[str]) -> None:
     """train.main with those flags, as this process sees it."""
     out, err = io.StringIO(), io.StringIO()
-    store = dist.PrefixStore(scene, ranks.common)  # else what one scene told would silence the next one
+    store = dist.PrefixStore(scene, launch.common)  # else what one scene told would silence the next one
     with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), changed(sys, argv=["train.py", *flags]),
-          changed(ranks, common=store), recorded() as kept):
+          changed(launch, common=store), recorded() as kept):
         try:
             code = train.main()
         except SystemExit as left:
@@ -196,7 +196,7 @@ def main() -> None:
     def flags(name: str, **changes) -> list[str]:
         return to_flags(settings(world, folder / name, **changes))
 
-    with ranks.joined(), changed(dist, destroy_process_group=lambda: None):  # there are more scenes to come
+    with launch.joined(), changed(dist, destroy_process_group=lambda: None):  # there are more scenes to come
         play(folder, "run", flags("run"))
         play(folder, "resumed", ["--resume", "--out", str(begun)])
         play(folder, "again", flags("run"))

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from lora import add_lora
 from model import Llama
 from reward import RewardModel
-from training import ranks
+from training import launch
 from training.shard import Shards, machine_mesh
 
 IDS = torch.randint(3, 60, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -45,7 +45,7 @@ def load(path: Path, shards: Shards) -> dict:
     return {"gap": gap, "held": before}
 
 
-with ranks.joined():
+with launch.joined():
     folder = Path(sys.argv[1])
     shards = Shards(machine_mesh("cpu"), whole=False)
     found = {path.name: load(path, shards) for path in sorted(folder.iterdir()) if path.suffix == ".gguf" or path.is_dir()}

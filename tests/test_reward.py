@@ -226,8 +226,9 @@ def test_group_loss_and_gradient_equal_the_naive_loop_over_pairs(model, micro_ba
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
 
-    loss, right, n = reward._accumulate(model, groups, micro_batch_size, pad_token_id=EOS)
-    assert n == 11 and loss == pytest.approx(naive.item(), abs=1e-5)
+    micro_batches = [groups[i:i + micro_batch_size] for i in range(0, len(groups), micro_batch_size)]
+    loss, right = reward._accumulate(model, micro_batches, 11, pad_token_id=EOS)
+    assert loss == pytest.approx(naive.item(), abs=1e-5)
     assert right == sum(loss.item() < math.log(2) for loss in losses)
     for name, parameter in model.named_parameters():
         if name in expected:
@@ -310,7 +311,8 @@ def test_the_loop_is_adamw_whose_rate_rises_in_a_line_and_falls_as_half_a_cosine
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: reward.warmup_cosine(step, 9, 3))
     for _ in range(3):
         for batch in reward.length_batches([max(map(len, group.sequences)) for group in groups], 2, draw):
-            reward._accumulate(other, [groups[i] for i in batch], 2, 0)
+            n = sum(len(groups[i].pairs) for i in batch)
+            reward._accumulate(other, [[groups[i] for i in batch]], n, 0)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step(), optimizer.zero_grad(set_to_none=True), schedule.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), parameters, strict=True))

@@ -100,7 +100,7 @@ def build_sft(tokenizer, splits: dict, out: Path, seed: int) -> list[dict]:
     print(f"SFT: {sum(p.numel() for p in model.parameters()):,} parameters")
     texts = make_corpus(CORPUS, seed, splits)
     documents = [([tokenizer.bos_token_id], tokenizer.encode(text, bos=True, eos=True)[1:]) for text in texts]
-    train_sft(model, documents, replace(PRETRAIN, seed=seed), pad_token_id=tokenizer.pad_token_id, desc="pretraining")
+    train_sft(model, documents, replace(PRETRAIN, seed=seed), pad_token_id=tokenizer.pad_token_id, progress="pretraining")
     pairs = [encode_pair(task, task["output"], tokenizer, "tiny") for task in splits["sft"]]
     validation = [encode_pair(task, task["output"], tokenizer, "tiny") for task in splits["validation"][:500]]
     history = train_sft(model, pairs, replace(SFT, seed=seed), validation=validation, pad_token_id=tokenizer.pad_token_id)

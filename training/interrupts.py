@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""SIGINT and SIGTERM as a wish to stop: the loop finishes what it is at, saves, and ends with a line that tells how to go on."""
+"""SIGINT and SIGTERM as a wish to stop: the loop finishes what it is at, saves, and ends with a line that tells how to go on.
+And the end of a program: its exit code, and the line of one of its processes."""
 
 import signal
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
 
-from training.ranks import everybodys, here
+from training.launch import joined
+from training.ranks import everybodys, here, leave, one_voice, tells
 
 
 class Stopped(Exception):
@@ -48,3 +52,17 @@ class Interrupts:
     def __exit__(self, *_: Any) -> None:
         for s, handler in self.before.items():
             signal.signal(s, handler)
+
+
+def exit_code(work: Callable[[], object], complain: Callable[[BaseException], tuple[int, str]]) -> int:
+    """Does work(), as one process or as one of several. complain(error): (exit code, what to say), of whatever ended it."""
+    try:
+        with joined(), one_voice():
+            work()
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = complain(error)
+        if tells(error):
+            print(line, file=sys.stdout if isinstance(error, Stopped) else sys.stderr, flush=True)
+        leave(error)
+        return code

@@ -19,6 +19,7 @@ from lora import load_lora
 from model import LlamaConfig, without_memory
 from reward import open_backbone
 from training.config import RunConfig
+from training.devices import resolve_devices
 from training.memory import GIB, plan
 from training.models import check_targets, choose_dtype, window_warnings
 from training.ranks import Ranks
@@ -69,7 +70,7 @@ def plan_of(run: RunConfig, gpu_dtype: str | None = None) -> str:
 def shapes(run: RunConfig) -> tuple[LlamaConfig, LlamaConfig | None]:
     """Of the policy and of the reward model; None: a rule."""
     policy, _ = open_checkpoint(run.policy, LlamaConfig.from_dict)
-    if is_rule(run.reward):
+    if run.reward is None or is_rule(run.reward):
         return policy, None
     require_model_name(run.reward, "--reward")
     return policy, open_backbone(local_copy(run.reward))[0].config
@@ -135,13 +136,13 @@ def shards_of(run: RunConfig) -> Shards | None:
     Ranks.in_step = False
     if not run.shard or neighbours() == 1:
         return None
-    device, its = run.policy_device, run.reference_device
+    device, its, _ = resolve_devices(run.policy_device, run.reference_device)
     if device != its:
         raise ValueError(f"--shard: all four models of a process stand on one device, not on {device} and {its}: start as many "
                          "processes as there are GPUs (--nproc-per-node)")
     modes = {run.shard}
     if run.shard == "auto":
-        policy, reward = shapes(run)
+        run, (policy, reward) = replace(run, policy_device=device, reference_device=its), shapes(run)
         modes = set(team().gather(lambda: sampling_mode(run, policy, reward or policy, neighbours(), room(device))))
     shards = Shards(machine_mesh(device), whole="in-step" not in modes)
     Ranks.in_step = True

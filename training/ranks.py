@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Several processes on one run: torchrun --standalone --nproc-per-node 4 train.py ... (docs/scale.md). ppo.py never meets them.
 
-    with joined():                        # in every process that torchrun started, before anything is loaded
-        team = here()                     # ppo.Alone, or the Ranks that this process is one of
-        scored = team.gather(work)        # what work() gives in each; an error of one is raised by all
-        first(append_line, file, record)  # rank 0 alone does it
+    team = here()                     # ppo.Alone, or the Ranks that this process is one of
+    scored = team.gather(work)        # what work() gives in each; an error of one is raised by all
+    first(append_line, file, record)  # rank 0 alone does it
 
 Data parallel: all processes hold the same models. Each answers its share of the prompts; what came of it is gathered, so that
 each has the whole rollout and computes every mean of it as one process does; each goes through its share of the micro-batches
@@ -18,11 +17,8 @@ exchange: at once over gloo, after at most half an hour, or when torchrun ends t
 import contextlib
 import os
 import pickle
-import re
-import sys
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -32,14 +28,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo import Alone, NotFinite, PPOConfig, Stats
+from training import launch
+from training.launch import Lost, launched, watching
 
-GRACE = 20                       # seconds; for a process that leaves without a word, so that another one can have it
-TIMEOUT = timedelta(minutes=30)  # NCCL's own 10 are less than a rollout may take
-common: dist.Store | None = None  # what all processes of this start read and write, while torchrun lives
-
-
-class Lost(ConnectionError):
-    """Another process of the run is gone, or has not answered for TIMEOUT."""
+GRACE = 20  # seconds; for a process that leaves without a word, so that another one can have it
 
 
 class Ranks:
@@ -56,19 +48,19 @@ class Ranks:
         start = self.rank * share + min(self.rank, more)
         return slice(start, start + share + (self.rank < more))
 
-    def gather(self, work: Callable[[], Any]) -> list:
+    def gather(self, work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list:
         """What work() gives in every process. Where it fails in some, all raise the first one's error, marked as everybody's; in
         step, where the others may be waiting inside of a forward pass, it is raised at once, and they lose a process."""
         mine, failed = attempt(work)
         if failed and self.in_step:
             raise mine
-        return self.exchange(mine, failed)
+        return self.exchange(mine, failed, group)
 
-    def exchange(self, mine: Any, failed: bool) -> list:
+    def exchange(self, mine: Any, failed: bool, group: dist.ProcessGroup | None = None) -> list:
         """What all found; the first error among it is raised."""
         found: list = [None] * self.size
         with watching():
-            dist.all_gather_object(found, (failed, portable(mine) if failed else mine))
+            dist.all_gather_object(found, (failed, portable(mine) if failed else mine), group)
         for rank, (bad, result) in enumerate(found):
             if bad:
                 error = mine if rank == self.rank else result
@@ -86,10 +78,11 @@ class Ranks:
         sums = [name for name in stats if name not in maxima]
         gradients = [p.grad for p in trained if p.grad is not None]
         flat = torch.cat([*(g.flatten() for g in gradients), torch.stack([stats[name] for name in sums]).float()])
-        highest = torch.stack([stats[name] for name in maxima])
+        highest = torch.stack([stats[name] for name in maxima]) if maxima else flat[:0]
         with watching():
             dist.all_reduce(flat, dist.ReduceOp.SUM)
-            dist.all_reduce(highest, dist.ReduceOp.MAX)
+            if maxima:
+                dist.all_reduce(highest, dist.ReduceOp.MAX)
         *parts, added = flat.split([*(g.numel() for g in gradients), len(sums)])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
@@ -106,6 +99,13 @@ def first(work: Callable, *args: Any) -> Any:
     """What work(*args) gives in rank 0, which alone does it while the others wait; its error is everybody's."""
     team = here()
     return team.gather(lambda: work(*args) if team.rank == 0 else None)[0]
+
+
+def first_at_leisure(work: Callable, *args: Any) -> Any:
+    """The same of what may take longer than launch.TIMEOUT: an LLM that judges."""
+    team = here()
+    patient = {} if team.size == 1 else {"group": dist.new_group(timeout=timedelta(days=9), backend="gloo")}
+    return team.gather(lambda: work(*args) if team.rank == 0 else None, **patient)[0]
 
 
 def each(work: Callable[[], Any]) -> Any:
@@ -164,86 +164,9 @@ def require_equal(what: str, values: dict[str, Any]) -> None:
                                             "processes must be started with the same flags, data and models"))
 
 
-# ------------------------------------------------------------------------------------------------------ start, and end
-
-
-def launched() -> bool:
-    """Whether torchrun, or whatever sets its variables, started this process as one of several."""
-    return dist.is_available() and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
 def restarted() -> bool:
     """Whether torchrun --max-restarts has started the run anew. Each node counts its own failures: one is enough."""
     return any(here().gather(lambda: int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
-
-
-@contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """Inside, the processes that torchrun started know one another, and each sees its own GPUs alone; one process alone is."""
-    if not launched() or dist.is_initialized():
-        yield
-        return
-    local, siblings = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    gpus = own_gpus(visible_gpus(), local, siblings)
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    global common
-    with watching():
-        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        common = fresh(store, rank, size)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=common, rank=rank, world_size=size,
-                                timeout=TIMEOUT)
-    yield
-    dist.destroy_process_group()  # not after an error: the others may be gone
-
-
-def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """The store under a name of this start's own, which rank 0 gives.
-
-    torchrun's store outlives the processes that --max-restarts replaces (torch 2.13), and with it their addresses: about every
-    other restart would meet the dead. So rank 0 answers all who knock until those who live have said that they heard it, and
-    an earlier start's knocks are answered in vain.
-    """
-    me, waiting, until = uuid.uuid4().hex, set(range(1, size)), time.monotonic() + TIMEOUT.total_seconds()
-    if rank:
-        store.set(f"knock {rank}", me)
-        name = store.get(f"answer {me}").decode()
-        store.set(f"heard {name} {rank}", "")
-        return dist.PrefixStore(name, store)
-    while waiting:
-        for other in waiting:
-            if store.check([f"knock {other}"]):
-                store.set(f"answer {store.get(f'knock {other}').decode()}", me)
-        waiting = {other for other in waiting if not store.check([f"heard {me} {other}"])}
-        time.sleep(0.01)
-        if time.monotonic() > until:
-            raise Lost(f"rank {min(waiting)} has not come within {TIMEOUT.total_seconds() / 60:.0f} minutes")
-    return dist.PrefixStore(me, store)
-
-
-def visible_gpus() -> list[str]:
-    """Their names in CUDA_VISIBLE_DEVICES. CUDA is not started by this: it would never look there again."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return [name.strip() for name in named.split(",")][:count] if named is not None else [str(i) for i in range(count)]
-
-
-def own_gpus(visible: list[str], local: int, siblings: int) -> list[str]:
-    """Those of process `local` of a machine's: as many for each, so that "cuda:0" and "cuda:1" mean its own."""
-    each_has = len(visible) // siblings
-    if visible and not each_has:
-        raise ValueError(f"{siblings} processes on {len(visible)} GPUs: at most one a GPU, --nproc-per-node {len(visible)}")
-    return visible[local * each_has:(local + 1) * each_has]
-
-
-@contextlib.contextmanager
-def watching() -> Iterator[None]:
-    """Inside, what torch raises about its connections is Lost."""
-    try:
-        yield
-    except RuntimeError as error:
-        what = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0]).partition(". ")[0]  # without a place in torch's source
-        raise Lost(f"another process of this run has ended or does not answer ({what}); go on with --resume") from error
 
 
 # --------------------------------------------------------------------------------------------------- one voice of many
@@ -254,13 +177,6 @@ def speaks() -> bool:
     if not launched():
         return True
     return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("LOCAL_RANK", 0))) == 0
-
-
-def refused(program: str) -> bool:
-    """Whether torchrun started several of a program that runs as one process, which the first of them says."""
-    if launched() and speaks():
-        print(f"{program}: runs as one process: start it with python; torchrun is for train.py (docs/scale.md)", file=sys.stderr)
-    return launched()
 
 
 @contextlib.contextmanager
@@ -292,10 +208,10 @@ def is_everybodys(error: Exception) -> bool:
 def tells(error: Exception) -> bool:
     """Whether this process is to say what ended it: rank 0 what all know, and of all else whoever comes first. An error of one
     process breaks the others' connections, so that they come later."""
-    if common is None or is_everybodys(error):
+    if launch.common is None or is_everybodys(error):
         return speaks()
     try:
-        return common.add("told", 1) == 1
+        return launch.common.add("told", 1) == 1
     except RuntimeError:  # torchrun is gone, too
         return True
 

@@ -25,6 +25,7 @@ from data import encode_pair, format_prompt, get_template
 from formats.tokenizer import check_vocabulary, load_tokenizer
 from reward import (Reward, RewardModel, apply_rule, retokenising_scorer, rule_scorer, same_ids, score_all, scorer)
 from training.config import RunConfig
+from training.ranks import first, here
 
 Record = dict[str, Any]  # instruction, input and whatever else the data file holds
 ScoreTexts = Callable[[Sequence[Record], Sequence[str], Sequence[bool]], list[float]]  # (records, answers, which came to an end)
@@ -83,7 +84,7 @@ class Reader:
     def score_texts(self, records: Sequence[Record], answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
         """Standardised scores."""
         sequences = [self.ids(*each) for each in zip(records, answers, ended, strict=True)]
-        return self.model.standardised(score_all(self.model, sequences, self.tokenizer.pad_token_id)
+        return self.model.standardised(score_all(self.model, sequences, self.tokenizer.pad_token_id, team=here())
                                        .to(self.model.mean.device)).tolist()
 
 
@@ -96,7 +97,7 @@ def load_reward(run: RunConfig, tokenizer: Any, asked: Asked, notes: list[str], 
 
         def score_texts(records: Sequence[Record], answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
             prompts = [(format_prompt(record, run.prompt_template, tokenizer), record) for record in records]
-            return apply_rule(rule, prompts, answers).tolist()
+            return first(lambda: apply_rule(rule, prompts, answers).tolist())
 
         return LoadedReward(rule_scorer(rule, tokenizer, asked.prompt), score_texts, file=run.reward.rpartition(":")[0])
     reader, note = open_reader(run.reward, "--reward", run.prompt_template, run.reward_eos, **how)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """What stages 1 and 2 (sft.py, reward.py; paper, section 2.1) share beside their loop: flags, the base model, the folder.
 
-    with training_folder(args) as stage:                        # nobody else's, and opened before anything slow
+    with training_folder(program, args) as stage:               # nobody else's, and opened before anything slow
         stage.begin(model, base, args.model, sequences)         # training.json: the flags, hashes of data and base
-        history = train_sft(model, ..., on_step=stage)          # a checkpoint every --save-every steps, and at a signal
+        history = train_sft(model, ..., on_step=stage, team=stage.team)   # a checkpoint every --save-every steps, and at a signal
         stage.finish(lambda folder: save(model, folder), history)
 
 While a training goes on its folder holds training.json and checkpoints, from which --resume repeats bit for bit the one that was
 never stopped. At the end the model is moved in whole, config.json last: a folder with that file is a whole model, one without
-it none. training.json stays, as the record of how the model was made.
+it none. training.json stays, as the record of how the model was made. Where torchrun started several processes (docs/scale.md),
+all of them load and train, and the folder is the first one's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import contextlib
 import json
 import math
 import shutil
-import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
@@ -35,11 +36,13 @@ from formats.write import any_console, write_json, write_tensors
 from lora import add_lora, lora_layers, merge_lora
 from model import Llama
 from ppo import bounds_in_words
+from training import interrupts, ranks
 from training.devices import require_device
 from training.folder import check_run_folder, checkpoints, checkpoints_line, flush, locked, move_in, prune, save_whole
 from training.interrupts import Interrupts, Stopped
 from training.origin import frozen_weights, texts_digest, weights_digest
-from training.ranks import refused
+from training.launch import Lost
+from training.ranks import each, everybodys, first, here
 
 RECORD = "training.json"
 
@@ -185,28 +188,34 @@ class Stage:
     """A training in its folder. As a function it is what reward.Loop calls before the first step and after each."""
 
     def __init__(self, program: str, args: argparse.Namespace, out: Path, stack: contextlib.ExitStack) -> None:
-        self.program, self.args, self.out, self.stack = program, args, out, stack
-        self.finished = args.resume and (out / "config.json").is_file()
-        self.saved = None if self.finished else check_run_folder(out, args.resume)  # the newest checkpoint
+        self.program, self.args, self.out, self.stack, self.team = program, args, out, stack, here()
+        self.finished = first(lambda: args.resume and (out / "config.json").is_file())
+        self.saved = None if self.finished else first(check_run_folder, out, args.resume)  # the newest checkpoint
         self.started, self.record, self.interrupts = False, {}, Interrupts()
 
     def begin(self, model: nn.Module, backbone: nn.Module, base: str, data: Sequence) -> None:
         """Writes training.json, or compares data and base with what it says. base: the folder that the backbone came from."""
         self.model = model
         hashes = {"data": texts_digest(data, ()), "base": weights_digest(frozen_weights(backbone))}
-        if self.args.resume:
-            self.record = read_record(self.out / RECORD, self.program)
-            if self.record.get("data") != hashes["data"]:
-                raise ValueError(f"--resume: {self.args.data}: gives other tokens than when the training began: the file, the "
-                                 "prompt template or the tokenizer has changed")
-            if self.record.get("base") != hashes["base"]:
-                raise ValueError(f"--resume: {base}: its weights are not those that the training began with")
-        else:
-            flags = {name: value for name, value in vars(self.args).items() if name not in ("out", "resume")}
-            self.record = {"program": self.program, "flags": flags} | hashes
-            write_json(self.out / RECORD, self.record)
-            self.stack.callback(self.forget)
+        ranks.require_equal("what is loaded:", hashes)
+        ranks.alike(list(self.trained().values()))
+        self.record = first(self.recorded, base, hashes)
         self.stack.enter_context(self.interrupts)
+
+    def recorded(self, base: str, hashes: dict[str, str]) -> dict[str, Any]:
+        """training.json as it is from here on."""
+        if not self.args.resume:
+            record = {"program": self.program, "flags": flags_of(self.args)} | hashes
+            write_json(self.out / RECORD, record)
+            self.stack.callback(self.forget)
+            return record
+        record = read_record(self.out / RECORD, self.program)
+        if record.get("data") != hashes["data"]:
+            raise ValueError(f"--resume: {self.args.data}: gives other tokens than when the training began: the file, the "
+                             "prompt template or the tokenizer has changed")
+        if record.get("base") != hashes["base"]:
+            raise ValueError(f"--resume: {base}: its weights are not those that the training began with")
+        return record
 
     def forget(self) -> None:
         """Of a training that came to nothing, no checkpoint and no model, not even the record stays."""
@@ -217,11 +226,12 @@ class Stage:
         if not self.started:
             self.started = True
             if self.saved:
-                self.restore(loop, self.saved)
+                each(lambda: self.restore(loop, self.saved))
             return
-        if loop.step % self.args.save_every == 0 or loop.step == loop.total or self.interrupts.caught:
+        caught = self.interrupts.agreed()
+        if loop.step % self.args.save_every == 0 or loop.step == loop.total or caught:
             self.save(loop)
-        if caught := self.interrupts.caught:
+        if caught:
             raise Stopped(f"stopped by {caught.name} after step {loop.step} of {loop.total}; go on with: python {self.program} "
                           f"--resume --out {self.out}", caught)
 
@@ -230,10 +240,6 @@ class Stage:
 
     def save(self, loop: Any) -> None:
         """step-0020/: trained.safetensors and state.pt; older ones than the newest two go."""
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.trained().items()}
-        if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-            raise FloatingPointError(f"step {loop.step}: {bad[0]} holds NaN or infinity and is not saved")
-
         def write(part: Path) -> None:
             write_tensors(part / "trained.safetensors", tensors)
             try:
@@ -241,8 +247,15 @@ class Stage:
             except RuntimeError as error:  # torch's kind for a full disk
                 raise OSError(f"{part / 'state.pt'}: cannot be written ({str(error).splitlines()[0]})") from error
 
-        self.saved = save_whole(self.out / f"step-{loop.step:04d}", write)
-        prune(self.out, 2)
+        def save_and_prune() -> Path:
+            if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+                raise FloatingPointError(f"step {loop.step}: {bad[0]} holds NaN or infinity and is not saved")
+            saved = save_whole(self.out / f"step-{loop.step:04d}", write)
+            prune(self.out, 2)
+            return saved
+
+        tensors = {name: p.detach().cpu().contiguous() for name, p in self.trained().items()}
+        self.saved = first(save_and_prune)
 
     def restore(self, loop: Any, checkpoint: Path) -> None:
         """The reverse."""
@@ -251,18 +264,23 @@ class Stage:
             with torch.no_grad(), warnings.catch_warnings(action="ignore"):
                 for name, parameter in self.trained().items():
                     parameter.copy_(stored[name])
-                loop.load_state_dict(torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True))
+                state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+                loop.load_state_dict(state)
         except Exception as error:  # torch, pickle and zip each raise their own kinds
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{checkpoint}: is no checkpoint of this training ({what})") from None
-        print(f"resumed from {checkpoint}")
+        older = "; it is from before dropout was seeded by the step, which is drawn otherwise from here on"
+        print(f"resumed from {checkpoint}{older if 'random' in state else ''}")
 
     def finish(self, write: Callable[[Path], object], history: list[dict], **more: Any) -> None:
         """write(folder) makes the model, which then takes its place; checkpoints go, and training.json says what came of it."""
-        write_json(self.out / RECORD, self.record | {"history": history} | more)
-        move_in(self.out, write, last="config.json")
-        self.finished = True
-        self.tidy()
+        def move() -> None:
+            write_json(self.out / RECORD, self.record | {"history": history} | more)
+            move_in(self.out, write, last="config.json")
+            self.finished = True
+            self.tidy()
+
+        first(move)
 
     def tidy(self) -> None:
         """Takes away what a finished training needs no longer."""
@@ -273,34 +291,53 @@ class Stage:
 
 @contextlib.contextmanager
 def training_folder(program: str, args: argparse.Namespace) -> Iterator[Stage]:
-    """--out for one process; what ends a training is said with the checkpoint that is left."""
-    require_device("--device", args.device)
-    with locked(Path(args.out)) as out, contextlib.ExitStack() as stack:
+    """--out for one run; what ends a training is said with the checkpoint that is left."""
+    each(lambda: require_device("--device", args.device))
+    with contextlib.ExitStack() as stack:
+        out = first(stack.enter_context, locked(Path(args.out)))
         stage = Stage(program, args, out, stack)
         if stage.finished:  # perhaps killed before it had tidied up
-            stage.tidy()
+            first(stage.tidy)
         try:
             yield stage
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}; {checkpoints_line(out)}") from error
+        except (FloatingPointError, Lost) as error:
+            if isinstance(error, FloatingPointError):  # found by all in the same numbers
+                everybodys(error)
+            if stage.team.rank == 0:
+                error.args = (f"{error}; {checkpoints_line(out)}",)
+            raise
 
 
-def exit_code(program: str, run: Callable[[], object]) -> int:
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides how a training goes."""
+    return {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+
+
+def is_begun(program: str, args: argparse.Namespace) -> bool:
+    """Whether --out holds this very training, which torchrun --max-restarts then goes on with."""
+    file = Path(args.out) / RECORD
+    return file.is_file() and read_record(file, program)["flags"] == flags_of(args)
+
+
+def exit_code(program: str, parse_args: Callable[[], argparse.Namespace], run: Callable[[argparse.Namespace], object]) -> int:
     """0 when all went well, 2 for bad input, 1 for what a training met on its way, 128 + the signal that ended it."""
+    def parse_and_run() -> None:
+        args = each(parse_args)
+        ranks.require_equal("flag", vars(args))
+        args.resume = args.resume or ranks.restarted() and first(is_begun, program, args)
+        run(args)
+
+    def complain(error: BaseException) -> tuple[int, str]:
+        match error:
+            case Stopped():
+                return error.exit_code, str(error)
+            case KeyboardInterrupt():
+                return 130, f"{program}: interrupted before the first step"
+            case ValueError() | FileNotFoundError() | PermissionError():
+                return 2, f"{program}: {' '.join(str(error).splitlines())}"  # a name may hold a line break
+            case OSError() | FloatingPointError() | torch.OutOfMemoryError():
+                return 1, f"{program}: {error}".splitlines()[0]
+        return 1, "".join(traceback.format_exception(error))  # a fault of ours, to be seen whole
+
     any_console()
-    if refused(program):
-        return 2
-    try:
-        run()
-        return 0
-    except Stopped as stopped:
-        print(stopped)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        line, code = "interrupted before the first step", 130
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        line, code = " ".join(str(error).splitlines()), 2  # a name may hold a line break
-    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        line, code = str(error).partition("\n")[0], 1
-    print(f"{program}: {line}", file=sys.stderr)
-    return code
+    return interrupts.exit_code(parse_and_run, complain)

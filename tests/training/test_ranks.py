@@ -3,7 +3,6 @@
 tests/ranks_worker.py plays every scene in two processes over gloo, in one start; here it is compared with one process.
 """
 
-import importlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from runs import STEPS, configured, records, settings, start, timeless, weights
 from torch.distributed.run import get_args_parser
 
 from ppo import PPOConfig, Rollout
-from training import ranks
+from training import launch, ranks
 from training.config import FIELDS, build_parser
 from training.folder import checkpoints, damage
 from training.plan import require_sharable
@@ -291,15 +290,15 @@ def test_every_row_is_one_processs(n, size):
 
 def test_each_process_sees_its_own_gpus_alone(monkeypatch):
     eight = [str(i) for i in range(8)]
-    assert ranks.own_gpus(eight, 3, 8) == ["3"] and ranks.own_gpus(eight, 3, 4) == ["6", "7"]  # the paper's pairs
-    assert ranks.own_gpus([], 1, 2) == [] and ranks.own_gpus(["GPU-a", "GPU-b"], 1, 2) == ["GPU-b"]
+    assert launch.own_gpus(eight, 3, 8) == ["3"] and launch.own_gpus(eight, 3, 4) == ["6", "7"]  # the paper's pairs
+    assert launch.own_gpus([], 1, 2) == [] and launch.own_gpus(["GPU-a", "GPU-b"], 1, 2) == ["GPU-b"]
     with pytest.raises(ValueError, match="3 processes on 2 GPUs: at most one a GPU, --nproc-per-node 2"):
-        ranks.own_gpus(["0", "1"], 2, 3)
+        launch.own_gpus(["0", "1"], 2, 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6")
-    assert ranks.visible_gpus() == ["4", "6"]
+    assert launch.visible_gpus() == ["4", "6"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert ranks.visible_gpus() == ["0", "1"]
+    assert launch.visible_gpus() == ["0", "1"]
 
 
 def test_a_share_that_is_not_even_is_refused_with_numbers(monkeypatch):
@@ -335,7 +334,7 @@ def test_torchrun_passes_every_flag_of_ours_on(world, tmp_path):
 
 def test_the_commands_of_scale_md_are_torchruns_and_ours():
     text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line.split() for line in text.splitlines() if line.startswith("    torchrun")]
+    lines = [line.split() for line in text.splitlines() if line.startswith("    torchrun") and " train.py " in line]
     assert len(lines) == 2
     for line in lines:
         given = get_args_parser().parse_args(line[1:])
@@ -348,7 +347,7 @@ def test_a_restart_does_not_meet_the_dead_of_the_start_before():
 
     def join(attempt: int, rank: int) -> list[str]:
         time.sleep(0.05 * (rank == attempt))  # each comes last once
-        mine = ranks.fresh(store, rank, 3)
+        mine = launch.fresh(store, rank, 3)
         mine.set(f"address {rank}", f"{rank} of {attempt}")
         return [mine.get(f"address {other}").decode() for other in range(3)]
 
@@ -361,18 +360,6 @@ def test_a_restart_does_not_meet_the_dead_of_the_start_before():
 def test_one_process_under_torchrun_is_alone(monkeypatch, world, tmp_path):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with ranks.joined():
+    with launch.joined():
         assert type(ranks.here()).__name__ == "Alone" and ranks.speaks()
     ranks.require_even(configured(world, tmp_path / "run").ppo)
-
-
-@pytest.mark.parametrize("program", ["sft.py", "reward.py", "evaluate.py"])
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_program_that_runs_alone_says_so_once_under_torchrun(program, rank, monkeypatch, capsys):
-    """Two of it on one folder would each be told of the other's lock."""
-    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", [program, "anything"])
-    assert importlib.import_module(program.removesuffix(".py")).main() == 2
-    said = f"{program}: runs as one process: start it with python; torchrun is for train.py (docs/scale.md)\n"
-    assert capsys.readouterr().err == (said if rank == "0" else "")

@@ -165,6 +165,15 @@ def test_a_signal_ends_the_training_after_its_step_and_says_how_to_go_on(world, 
     assert f"stopped by {name} after step {step} of 2000; go on with: python {program} --resume --out {out}" in printed
 
 
+def test_a_checkpoint_from_before_dropout_was_seeded_by_the_step_goes_on_and_says_so(halted, capsys):
+    program, out = halted
+    file, manifest = (checkpoints(out)[-1] / name for name in ("state.pt", folder.MANIFEST))
+    torch.save(torch.load(file, weights_only=True) | {"random": {"cpu": torch.get_rng_state()}}, file)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"state.pt": folder.describe(file)}))
+    assert run(program, "--resume", "--out", out) == 0
+    assert f"resumed from {file.parent}; it is from before dropout was seeded by the step" in capsys.readouterr().out
+
+
 def test_resuming_a_finished_training_tidies_up_and_changes_nothing(data, tmp_path):
     out = Path(shutil.copytree(data / "whole sft.py", tmp_path / "out"))
     (out / "step-0008").mkdir()
@@ -316,13 +325,13 @@ def test_the_first_nan_is_named_and_no_weight_moves(world, data, tmp_path, monke
     out, honest, seen = tmp_path / "out", sft._accumulate, []
 
     def poisoned(model, *rest):
-        loss, n = honest(model, *rest)
+        loss = honest(model, *rest)
         seen.append([p.detach().clone() for p in model.parameters()])
         if len(seen) < 3:
-            return loss, n
+            return loss
         next(p for p in model.parameters() if p.grad is not None).grad[0] = torch.nan
         poisoned.model = model
-        return torch.nan if quantity == "loss" else loss, n
+        return torch.nan if quantity == "loss" else loss
 
     monkeypatch.setattr(sft, "_accumulate", poisoned)
     assert run("sft.py", *flags("sft.py", world, data, out)) == 1
@@ -356,7 +365,8 @@ def test_weights_that_the_last_step_spoilt_are_not_stored(world, data, tmp_path,
 def test_a_reward_model_that_cannot_be_standardised_keeps_its_training(world, data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     honest = reward.standardise
-    monkeypatch.setattr(reward, "standardise", lambda model, sequences, *rest: honest(model, sequences[:1] * 2, *rest))
+    monkeypatch.setattr(reward, "standardise", lambda model, sequences, *rest, **more: honest(
+        model, sequences[:1] * 2, *rest, **more))
     assert run("reward.py", *flags("reward.py", world, data, out, "--save-every", 50)) == 2
     said = complaint(capsys).splitlines()[-1]
     assert "cannot standardise: 2 sequences have scores of standard deviation 0" in said
