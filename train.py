@@ -42,7 +42,7 @@ from training.checkpoint import LINES, State, load_checkpoint, save_bundle, save
 from training.config import RunConfig, build_config, build_parser, read_config, stored_config
 from training.devices import require_device, resolve_devices, same_kernels
 from training.folder import append_line, check_run_folder, checkpoints_line, cut_after, locked, read_lines
-from training.interrupts import Interrupts, Stopped
+from training.interrupts import Interrupts, Stopped, exit_code
 from training.models import Models, build_models, choose_dtype
 from training.origin import check_origin, texts_digest
 from training.plan import Shards, plan_of, require_sharable, shards_of
@@ -303,16 +303,7 @@ def main() -> int:
     with ranks.one_voice():
         given = vars(build_parser(__doc__.split("\n\n")[0]).parse_args())
     resume, only_plan = given.pop("resume", False), given.pop("plan", False)
-    try:
-        with launch.joined(), ranks.one_voice():
-            run_as_told(given, resume, only_plan)
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        code, line = complain(error)
-        if ranks.tells(error):
-            print(line, file=sys.stdout if isinstance(error, Stopped) else sys.stderr, flush=True)
-        ranks.leave(error)
-        return code
+    return exit_code(lambda: run_as_told(given, resume, only_plan), complain)
 
 
 if __name__ == "__main__":

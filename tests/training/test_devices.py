@@ -124,9 +124,9 @@ def test_train_py_itself_places_the_models_so(world, tmp_path, two_gpus, monkeyp
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, a: tensor)  # fake tensors draw no numbers
-    monkeypatch.setattr(Llama, "from_pretrained", lambda path, dtype, device, progress: place(lambda: llama(600), device))
+    monkeypatch.setattr(Llama, "from_pretrained", lambda path, dtype, device, progress, part: place(lambda: llama(600), device))
     monkeypatch.setattr(RewardModel, "from_pretrained",
-                        lambda path, dtype, device: place(lambda: RewardModel(llama(600)), device))
+                        lambda path, dtype, device, part: place(lambda: RewardModel(llama(600)), device))
     run = build_config({"policy": str(world / "sft"), "reward": str(world / "reward"), "data": "unread", "out": str(tmp_path),
                         "tuning": tuning, "dtype": "float32"})
     train.place(run)

@@ -220,10 +220,10 @@ def test_a_fault_in_one_process_is_seen_whole_and_once(two):
     assert ended["code"] == 1 and "KeyError: 'a fault of ours'" in ended["err"]
 
 
-def test_an_interrupt_that_reaches_all_is_said_by_the_first(monkeypatch):
-    monkeypatch.setattr(ranks, "speaks", lambda: False)
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    assert not ranks.tells(KeyboardInterrupt()) and ranks.tells(KeyError())  # what it met alone, it says
+def test_of_errors_that_each_met_by_itself_the_first_is_said(monkeypatch):
+    """The others lost that process, or were interrupted as it was."""
+    monkeypatch.setattr(launch, "common", dist.HashStore())
+    assert [ranks.tells(error) for error in (KeyboardInterrupt(), launch.Lost(), KeyboardInterrupt())] == [True, False, False]
 
 
 def test_every_scene_of_trouble_is_looked_at():
