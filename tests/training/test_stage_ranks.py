@@ -25,7 +25,7 @@ from torch.distributed.run import get_args_parser
 import evaluate
 import reward
 import sft
-from training import ranks, stages
+from training import launch, ranks, stages
 from training.folder import checkpoints, damage
 
 
