@@ -335,7 +335,7 @@ def test_torchrun_passes_every_flag_of_ours_on(world, tmp_path):
 def test_the_commands_of_scale_md_are_torchruns_and_ours():
     text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line.split() for line in text.splitlines() if line.startswith("    torchrun") and " train.py " in line]
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         given = get_args_parser().parse_args(line[1:])
         assert given.training_script == "train.py" and vars(build_parser("").parse_args(given.training_script_args))
