@@ -79,7 +79,7 @@ def train_in(out: Path, run: RunConfig, resume: bool) -> None:
         ranks.first(cut_after, out / name, state.step if checkpoint else -1)
     with Interrupts() as interrupts:
         try:
-            stop = loop(run, models, state, benchmark, interrupts)
+            stop = launch.watched(loop, run, models, state, benchmark, interrupts)
         except (FloatingPointError, RuleError, launch.Lost) as error:
             error.args = (explain(error, out, state.step + 1, models.sampled),)
             raise

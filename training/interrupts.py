@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from training.launch import joined
+from training.launch import joined, watched
 from training.ranks import everybodys, here, leave, one_voice, tells
 
 
@@ -58,7 +58,7 @@ def exit_code(work: Callable[[], object], complain: Callable[[BaseException], tu
     """Does work(), as one process or as one of several. complain(error): (exit code, what to say), of whatever ended it."""
     try:
         with joined(), one_voice():
-            work()
+            watched(work)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         code, line = complain(error)

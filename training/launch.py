@@ -12,8 +12,9 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,11 +91,19 @@ def own_gpus(visible: list[str], local: int, siblings: int) -> list[str]:
     return visible[local * each_has:(local + 1) * each_has]
 
 
+def watched(work: Callable, *args: Any) -> Any:
+    """work(*args), in which a lost connection is Lost wherever it shows: a forward pass of sharded weights has no watching."""
+    with watching(sure=False):
+        return work(*args)
+
+
 @contextlib.contextmanager
-def watching() -> Iterator[None]:
-    """Inside, what torch raises about its connections is Lost."""
+def watching(sure: bool = True) -> Iterator[None]:
+    """Inside, what torch raises about its connections is Lost. sure: nothing else is done inside."""
     try:
         yield
     except RuntimeError as error:
+        if not (sure or isinstance(error, dist.DistError) or re.search(r"\bgloo\b|NCCL|Connection (closed|reset)", str(error))):
+            raise
         what = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0]).partition(". ")[0]  # without a place in torch's source
         raise Lost(f"another process of this run has ended or does not answer ({what}); go on with --resume") from error

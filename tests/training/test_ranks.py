@@ -357,6 +357,19 @@ def test_a_restart_does_not_meet_the_dead_of_the_start_before():
         assert list(found) == [[f"{other} of {attempt}" for other in range(3)]] * 3
 
 
+def test_a_lost_connection_is_known_by_its_words_and_other_errors_stay_what_they_are():
+    def fails(error: Exception) -> None:
+        raise error
+
+    closed = RuntimeError("[/src/third_party/gloo/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. This is GLHF!")
+    with pytest.raises(launch.Lost, match=r"does not answer \(Read error \[127.0.0.1\]:1: Connection reset by peer\)"):
+        launch.watched(fails, closed)
+    for other in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), torch.OutOfMemoryError("CUDA out of memory")):
+        with pytest.raises(type(other)) as found:
+            launch.watched(fails, other)
+        assert found.value is other
+
+
 def test_one_process_under_torchrun_is_alone(monkeypatch, world, tmp_path):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
