@@ -73,9 +73,11 @@ class Policy:
 def evaluate_folder(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
     """Measures what the folder holds; writes evaluation.json and outputs/ after every policy; returns {name: figures}. Where
     several processes share it (docs/scale.md), the first of them asks the judges and writes."""
+    asked = ranks.each(lambda: llm_judges(args)) if args.judge == "openai" else None  # a wrong address is said before all else
     run, policies = ranks.each(lambda: open_folder(folder, args))
     shards = ranks.each(lambda: shards_of(run))
     benchmark, passages, older, models, judges = ranks.each(lambda: prepare(folder, run, shards, args))
+    judges = asked or judges
     settings = settings_of_this(args, run, benchmark, judges)
     ranks.require_equal("what is evaluated:", settings)
 
@@ -117,7 +119,6 @@ def open_folder(folder: Path, args: argparse.Namespace) -> tuple[RunConfig, list
 
 def prepare(folder: Path, run: RunConfig, shards: Shards | None, args: argparse.Namespace) -> tuple:
     """Everything else before the first answer: benchmark, passages, what was measured before, models, judges."""
-    judges = llm_judges(args) if args.judge == "openai" else None  # a wrong address is said before models are loaded
     tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
     benchmark, passages, older = open_benchmark(args, run, tokenizer), None, measured_before(folder)
     if args.passages:
@@ -127,7 +128,7 @@ def prepare(folder: Path, run: RunConfig, shards: Shards | None, args: argparse.
     for note in models.notes:
         if note.startswith(("reward: ", "warning: ")):
             print(note)
-    return benchmark, passages, older, models, judges or other_judges(args, models, run, benchmark)
+    return benchmark, passages, older, models, other_judges(args, models, run, benchmark)
 
 
 def settings_of_this(args: argparse.Namespace, run: RunConfig, benchmark: Benchmark, judges: "Judges | None") -> dict[str, Any]:
