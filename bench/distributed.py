@@ -328,10 +328,12 @@ def nodes(bench: Bench) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    how = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "bench"]
-    runs = [bench.start("nodes", 2, *how, "--local-addr", "localhost") for _ in range(2)]
-    codes = [run.wait() for run in runs]
-    bench.compare("two torchruns of 2 processes, as on two nodes", "nodes", f"exit codes {codes}; ")
+    how = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id"]
+    for name, changes in (("nodes", {}), ("nodes-shard", {"shard": "in-step"})):  # each shares weights among its own two
+        runs = [bench.start(name, 2, *how, name, "--local-addr", "localhost", **changes) for _ in range(2)]
+        codes = [run.wait() for run in runs]
+        bench.compare("two torchruns of 2 processes, as on two nodes" + ", --shard in-step" * bool(changes), name,
+                      f"exit codes {codes}; ")
 
 
 def lost_node(bench: Bench) -> None:

@@ -24,6 +24,7 @@ from training.memory import GIB, plan
 from training.models import check_targets, choose_dtype, window_warnings
 from training.ranks import Ranks
 from training.ranks import here as team
+from training.ranks import require_equal
 from training.rewards import is_rule, require_model_name
 from training.shard import Shards, machine_mesh
 
@@ -134,6 +135,8 @@ def shards_of(run: RunConfig) -> Shards | None:
     """Who holds which frozen weights under --shard; None where this process holds all. Every process of the run must ask, and
     from here on they keep in step."""
     Ranks.in_step = False
+    if run.shard and team().size > 1:
+        require_equal("with --shard", {"processes a machine": neighbours()})
     if not run.shard or neighbours() == 1:
         return None
     device, its, _ = resolve_devices(run.policy_device, run.reference_device)
