@@ -14,7 +14,7 @@ Shapes: B batch, P prompt (left-padded), T response (right-padded), V vocabulary
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,12 @@ from data import left_pad, load_instructions, right_pad, tokenize_prompts
 from divergences import true_kl
 from evaluation.factuality import FactCount, fact_figures
 from evaluation.statistics import mean_and_error, ratio_and_error, win_rate
-from ppo import Actors
+from ppo import Actors, join, longest_row, pack, response_logits
 from reward import shared
 from training.config import RunConfig
+from training.folder import read_lines
 from training.models import Models
+from training.origin import texts_digest
 from training.ranks import here
 from training.shard import InStep, sample
 
@@ -80,11 +82,33 @@ def load_benchmark(path: str | Path, tokenizer: Any, template: str, max_tokens: 
 
 def evaluate_now(models: Models, run: RunConfig, benchmark: Benchmark, label: str) -> dict[str, Any]:
     """evaluate_policy during training: the true KL on the responses to the benchmark alone, and in the miniature world, whose
-    annotators cost nothing, who wins."""
+    annotators cost nothing, who wins. "before" is the policy as it starts: with --baseline another run has measured it."""
+    start = start_of(models, run, benchmark) if label == "before" else {}
+    if start and run.baseline:
+        return taken_over(Path(run.baseline), start)
     result = evaluate_policy(models, run, benchmark, label)
     if benchmark.about:
         result |= judged(miniature_judge(benchmark.tasks, result["responses"]))
-    return result
+    return result | ({"start": start} if start else {})
+
+
+def start_of(models: Models, run: RunConfig, benchmark: Benchmark) -> dict[str, Any]:
+    """Everything that decides the figures of a policy before its first step; how it will be tuned does not."""
+    asked = texts_digest([*benchmark.prompts, *benchmark.about_prompts], [*benchmark.tasks, *benchmark.about])
+    return models.origin | {"evaluation": asked, "seed": run.seed, "temperature": run.ppo.temperature, "dtype": run.dtype,
+                            "length": run.evaluation_length or run.ppo.response_length}
+
+
+def taken_over(folder: Path, start: dict[str, Any]) -> dict[str, Any]:
+    """What that run measured before its first step. Raises ValueError unless it started as this one does."""
+    first = next(iter(read_lines(folder / "evaluations.jsonl")), {})
+    if "start" not in first:
+        raise ValueError(f"--baseline {folder}: holds no evaluation from before a first step, or an older version's")
+    for what, value in start.items():
+        if first["start"].get(what) != value:
+            raise ValueError(f"--baseline {folder}: its {what} is {first['start'].get(what)}, this run's {value}: its figures "
+                             "are not this run's, leave the flag away")
+    return {name: value for name, value in first.items() if name != "step"}
 
 
 def evaluate_policy(models: Models, run: RunConfig, benchmark: Benchmark, label: str, kl_tokens: int = 0,
@@ -233,27 +257,34 @@ def token_divergences(actors: Actors, prompts: Sequence[Sequence[int]], response
     Policy and reference read each on their device. Responses are taken in order until max_tokens (the paper's 28K) are reached.
     """
     first, second = actors.policy_device, actors.reference_device
-    batches, n = [], 0
+    taken, n = [], 0
     for start in range(0, len(prompts), batch_size):
         if n < max_tokens:
-            batches.append(slice(start, start + batch_size))
-            n += sum(map(len, responses[batches[-1]]))
+            taken += range(start, min(start + batch_size, len(prompts)))
+            n += sum(map(len, responses[start:start + batch_size]))
     bar = tqdm(total=n, desc="true KL", unit="token", leave=False)
 
-    def read(rows: slice) -> tuple[list[int], dict[str, Tensor]]:
-        sequence, attention, T = join(prompts[rows], responses[rows], actors.pad_token_id)
-        real, tokens = attention[:, -T:].bool(), sequence[:, -T:]
-        sequence, attention = sequence[:, :-1], attention[:, :-1]  # the last token decides nothing
-        values = divergences_of_batch(actors.policy(sequence.to(first), attention.to(first), T),
-                                      actors.reference(sequence.to(second), attention.to(second), T),
-                                      tokens, temperature, estimators or {})
-        bar.update(min(actors.team.size * int(real.sum()), bar.total - bar.n))
-        return real.sum(1).tolist(), {name: value.view(real.shape)[real] for name, value in values.items()}
+    def read(rows: list[int]) -> dict[int, dict[str, Tensor]]:
+        (ids, prompt_mask), (tokens, mask) = padded([prompts[i] for i in rows], [responses[i] for i in rows], actors.pad_token_id)
+        text = pack(ids, prompt_mask, tokens, mask, width=longest_row(prompt_mask, mask))
+        logits, ref_logits = response_logits(actors.policy, text.to(first)), response_logits(actors.reference, text.to(second))
+        values = divergences_of_batch(logits, ref_logits, text.sequence[:, -mask.shape[1]:], temperature, estimators or {})
+        bar.update(min(actors.team.size * int(mask.sum()), bar.total - bar.n))
+        values = {name: value.view(mask.shape).gather(1, text.back) for name, value in values.items()}
+        return {row: {name: value[k][mask[k]] for name, value in values.items()} for k, row in enumerate(rows)}
 
     with bar:
-        parts = shared(actors.team, read, batches)
-    return ([length for lengths, _ in parts for length in lengths],
-            {name: torch.cat([values[name] for _, values in parts]) for name in ("true_kl", *(estimators or {}))})
+        parts = shared(actors.team, read, by_length(taken, prompts, responses, batch_size))
+    found = {row: values for part in parts for row, values in part.items()}
+    return ([len(responses[row]) for row in taken],
+            {name: torch.cat([found[row][name] for row in taken]) for name in ("true_kl", *(estimators or {}))})
+
+
+def by_length(rows: Iterable[int], prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], size: int
+              ) -> list[list[int]]:
+    """The rows in batches of like length: what is read at once is padded to its longest."""
+    order = sorted(rows, key=lambda i: len(prompts[i]) + len(responses[i]))
+    return [order[start:start + size] for start in range(0, len(order), size)]
 
 
 def divergences_of_batch(logits: Tensor, ref_logits: Tensor, tokens: Tensor, temperature: float,
@@ -299,25 +330,26 @@ def estimator_quality(lengths: Sequence[int], values: dict[str, Tensor]) -> dict
 
 @torch.no_grad()
 def measure_reward(reward: Callable, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *,
-                   pad_token_id: int, device, batch_size: int = 128) -> list[float]:
+                   pad_token_id: int, device, batch_size: int = 64) -> list[float]:
     """The reward model's score of each response."""
-    batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+    batches = by_length(range(len(prompts)), prompts, responses, batch_size)
     bar = tqdm(total=len(batches), desc="reward", unit="batch", leave=False)
 
-    def score(rows: slice) -> list[float]:
-        ids, mask, n = join(prompts[rows], responses[rows], pad_token_id)
+    def score(rows: list[int]) -> list[tuple[int, float]]:
+        (ids, prompt_mask), (tokens, mask) = padded([prompts[i] for i in rows], [responses[i] for i in rows], pad_token_id)
         bar.update(min(here().size, bar.total - bar.n))
-        return reward(ids.to(device), mask.to(device), n).tolist()
+        scores = reward(*(x.to(device) for x in join(ids, prompt_mask, tokens, mask)), tokens.shape[1])
+        return list(zip(rows, scores.tolist(), strict=True))
 
     with bar:
-        return [x for scores in shared(here(), score, batches) for x in scores]
+        found = dict(pair for pairs in shared(here(), score, batches) for pair in pairs)
+    return [found[row] for row in range(len(prompts))]
 
 
-def join(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor, int]:
-    """(input_ids, attention_mask, T): prompts padded on the left, then T positions of responses padded on the right."""
-    ids, mask = left_pad(prompts, pad_token_id)
-    tokens, real = right_pad(responses, pad_token_id)
-    return torch.cat([ids, tokens], 1), torch.cat([mask, real], 1), tokens.shape[1]
+def padded(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int
+           ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(ids, mask) of prompts, padded on the left, and of responses, padded on the right, as ppo.py's rollouts hold them."""
+    return left_pad(prompts, pad_token_id), right_pad(responses, pad_token_id)
 
 
 def measure_facts(tasks: Sequence[dict], texts: Sequence[str]) -> dict[str, Any]:

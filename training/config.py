@@ -55,6 +55,8 @@ class RunConfig:
                                   "a PEFT folder, or the paper's released .bin")
     evaluation_length: int | None = setting(None, "data and models", "tokens", "longest answer in evaluations (the released code "
                                             "takes 512); None: response_length", low=1)
+    baseline: str | None = setting(None, "data and models", "", "run folder of the same start, seed and evaluation: its figures "
+                                   "before the first step are taken over, not measured again")
     prompt_template: str = setting("alpaca", "data and models", "", "alpaca, tiny, chat (the tokenizer's own) or a JSON file")
     query_length: int = setting(192, "data and models", "tokens", "longer prompts are dropped", low=1)
     out: str | None = setting(None, "run", "", "run folder; None: runs/<estimator>-s<seed>")
@@ -214,7 +216,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: is no configuration of a run ({error})") from None
     # What runs did before there were such fields.
     stored = {"lr_steps": stored.get("steps"), "reference_dtype": "same", "evaluation_length": None, "reward_eos": None,
-              "shard": None} | stored
+              "shard": None, "baseline": None} | stored
     for f in FIELDS:
         if f.name not in stored:
             raise ValueError(f"{file}: lacks {f.name}: written by another version of train.py")
