@@ -92,6 +92,10 @@ class Found(NamedTuple):
     error: float
     seeds: int
 
+    def p(self) -> float:
+        """Of no difference, two-sided."""
+        return math.erfc(abs(self.mean) / self.error / math.sqrt(2)) if self.error else float(self.mean == 0)
+
     def __str__(self) -> str:
         return f"{self.mean:+.1f} ± {self.error:.1f}" if self.seeds else "–"
 
@@ -244,7 +248,7 @@ def table_of_order(cells: Cells, beta: str) -> list[str]:
     names = [name for name in (f"lora, {p}" + f", {beta}" * bool(beta) for p in penalties) if name in cells]
     found = {name: contrast(cells, {name: 1.0, "lora, none": -1.0}, over_steps) for name in names}
     found = {name: x for name, x in found.items() if x.seeds > 1}
-    corrected = holm({name: math.erfc(abs(x.mean) / x.error / math.sqrt(2)) for name, x in found.items()})
+    corrected = holm({name: x.p() for name, x in found.items()})
     lines = head("penalty", "seeds", "share of the scores' deviation", "less none, mean over steps, points", "p, Holm's")
     for name, x in sorted(found.items(), key=lambda item: -item[1].mean):
         lines.append(row(name, x.seeds, f"{share_of_reward(cells[name]):.3f}", x, f"{corrected[name]:.2f}"))

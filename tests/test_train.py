@@ -136,6 +136,20 @@ def test_evaluations_during_training_are_made_where_asked_and_change_nothing(wor
     assert timeless(tmp_path / "run")["metrics"] == timeless(finished)["metrics"]
 
 
+def test_the_start_of_a_seed_is_measured_once_for_all_its_runs(world, finished, tmp_path):
+    """--baseline: full fine-tuning starts from the same policy, another seed or temperature from another."""
+    start(settings(world, tmp_path / "full", tuning="full", estimator="none", baseline=str(finished)))
+    assert records(tmp_path / "full" / "evaluations.jsonl")[0] == records(finished / "evaluations.jsonl")[0]
+    start(settings(world, tmp_path / "measured", tuning="full", estimator="none"))
+    assert records(tmp_path / "measured" / "evaluations.jsonl") == records(tmp_path / "full" / "evaluations.jsonl")
+    for what, change in (("seed is 0, this run's 1", {"seed": 1}), ("temperature is 1.0, this run's 0.5", {"temperature": 0.5})):
+        with pytest.raises(ValueError, match=f"--baseline {finished}: its {what}"):
+            start(settings(world, tmp_path / "other", baseline=str(finished), **change))
+        shutil.rmtree(tmp_path / "other")
+    with pytest.raises(ValueError, match="holds no evaluation from before a first step"):
+        start(settings(world, tmp_path / "other", baseline=str(tmp_path / "full" / "step-0001")))
+
+
 def test_without_evaluation_data_the_run_is_the_same_and_evaluates_nothing(world, finished, tmp_path):
     start(settings(world, tmp_path / "run", evaluation=None))
     assert not (tmp_path / "run" / "evaluations.jsonl").exists()
