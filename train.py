@@ -187,7 +187,7 @@ def ppo_step(models: Models, state: State, run: RunConfig) -> tuple[dict[str, fl
     input_ids, attention_mask = left_pad(prompts, actors.pad_token_id)
     models.mode(training=False)
     rollout = ppo.collect(actors, get_estimator(run.estimator), input_ids, attention_mask, config, state.beta, progress)
-    metrics = ppo.rollout_stats(rollout) | {"true_kl": true_kl_of(actors, rollout, config.temperature), "beta": state.beta}
+    metrics = ppo.rollout_stats(rollout) | true_kl_of(actors, rollout, config.temperature) | {"beta": state.beta}
     judged = ppo.judged_scores(rollout.scores, rollout.finished, config.missing_eos_penalty)
     shaped = ppo.shape_rewards(judged, rollout.penalties, rollout.mask, state.beta)
     metrics["shaped_reward"] = shaped.sum(1).mean().item()
@@ -208,12 +208,12 @@ def ppo_step(models: Models, state: State, run: RunConfig) -> tuple[dict[str, fl
     return {"step": state.step, "learning_rate": rate} | metrics | seconds, rollout, rows
 
 
-def true_kl_of(actors: ppo.Actors, rollout: ppo.Rollout, temperature: float) -> float:
-    """True KL per token over the vocabulary, on the first quarter of the rollout, 8 to 32 responses."""
+def true_kl_of(actors: ppo.Actors, rollout: ppo.Rollout, temperature: float) -> dict[str, float]:
+    """True KL per token over the vocabulary with its error, on the first quarter of the rollout, 8 to 32 responses."""
     rows = min(32, max(8, len(rollout) // 4))
     prompts = [p[m.bool()].tolist() for p, m in zip(rollout.prompts[:rows], rollout.prompt_mask[:rows], strict=True)]
     responses = [r[m].tolist() for r, m in zip(rollout.responses[:rows], rollout.mask[:rows], strict=True)]
-    return measure_true_kl(actors, prompts, responses, temperature)[0]
+    return dict(zip(("true_kl", "true_kl_se"), measure_true_kl(actors, prompts, responses, temperature), strict=True))
 
 
 class SelfCheckError(RuntimeError):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation.results import Configuration
+from evaluation.results import Configuration, read_object
 from evaluation.statistics import Bend, fit_bend
 from evaluation.tables import over_runs
 from formats.write import write_atomically
@@ -45,11 +45,13 @@ def save(figure: Any, file: Path, dpi: int = 130) -> None:
 
 PANELS = [
     ("reward model's score", [("score_mean", "score"), ("shaped_reward", "shaped (Eq. 3)")]),
-    ("KL to the reference, nats/token", [("true_kl", "true KL"), ("kl_k1", "k1"), ("kl_k3", "k3")]),
+    ("KL to the reference, nats/token", [("true_kl", "true KL, few responses"), ("kl_k1", "k1"), ("kl_k3", "k3")]),
     ("response length, tokens", [("length", "tokens")]),
-    ("share clipped", [("clip_fraction", "policy"), ("value_clip_fraction", "value")]),
+    ("policy: share clipped", [("clip_fraction", "policy")]),
+    ("value: share clipped", [("value_clip_fraction", "value")]),
     ("value loss", [("value_loss", "value loss")]),
 ]
+BANDS = {"true_kl": "true_kl_se"}  # what is known of few responses only, with its standard error
 
 
 def draw_curves(run: Path) -> Path | None:
@@ -57,28 +59,72 @@ def draw_curves(run: Path) -> Path | None:
     if (pyplot := load_pyplot()) is None:
         return None
     metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "evaluations.jsonl")
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), layout="constrained")
     steps = [m["step"] for m in metrics]
     for axis, (title, lines) in zip(axes.flat, PANELS):
         for (key, name), color in zip(lines, COLORS):
-            axis.plot(steps, [m[key] for m in metrics], label=name, color=color, linewidth=1.4)
+            draw_metric(axis, steps, [(m[key], m.get(BANDS.get(key), 0.0)) for m in metrics], name, color)
         axis.set(title=title, xlabel="PPO step")
         if len(lines) > 1:
             axis.legend(frameon=False)
-    draw_win_rate(axes.flat[5], evaluations)
-    figure.suptitle(run.name)
+    draw_win_rate(axes.flat[6], evaluations)
+    draw_over_kl(axes.flat[7], evaluations)
+    figure.suptitle(title_of(run))
     save(figure, run / "curves.png", dpi=110)
     pyplot.close(figure)
     return run / "curves.png"
 
 
+def draw_metric(axis, steps: list[int], found: list[tuple[float, float]], name: str, color: str) -> None:
+    """A line of values, pale inside of a band of one error where there are errors."""
+    values, errors = zip(*found, strict=True) if found else ((), ())
+    axis.plot(steps, values, label=name, color=color, linewidth=0.8 if any(errors) else 1.4, alpha=0.6 if any(errors) else 1.0)
+    if any(errors):
+        axis.fill_between(steps, *([v + sign * e for v, e in found] for sign in (-1, 1)), color=color, alpha=0.2, linewidth=0)
+
+
+def title_of(run: Path) -> str:
+    """What the run was, from its config.json, where there is one; else the folder's name."""
+    if not (run / "config.json").is_file():
+        return run.name
+    config = read_object(run / "config.json")
+    tuning = f"LoRA of rank {config['lora_rank']}" if config["tuning"] == "lora" else "full fine-tuning"
+    penalty = f"{config['estimator'].replace('_', ' ')}, β {config['beta']:g}" if config["estimator"] != "none" else "no penalty"
+    return f"{penalty}; {tuning}, learning rate {config['learning_rate']:g}, seed {config['seed']}"
+
+
+def judged_key(evaluations: list[dict]) -> tuple[str, str]:
+    """(figure, title) of the win rate where there are judges, else of the reward on the evaluation instructions."""
+    return ("win_rate", "win rate, %") if all("win_rate" in e for e in evaluations) else ("reward", "evaluation reward")
+
+
 def draw_win_rate(axis, evaluations: list[dict]) -> None:
-    """Win rate with its standard error where there are judges, else the reward on the evaluation instructions."""
-    key, title = ("win_rate", "win rate, %") if all("win_rate" in e for e in evaluations) else ("reward", "evaluation reward")
+    """Over steps, with its standard error; of two evaluations bars, before and after: two points make no curve."""
+    key, title = judged_key(evaluations)
     shown = [e for e in evaluations if key in e]
-    axis.errorbar([e["step"] for e in shown], [e[key] for e in shown], yerr=[e[key + "_se"] for e in shown], marker="o",
-                  color=COLORS[0], capsize=3, linewidth=1.4)
-    axis.set(title=f"{title} (± standard error)", xlabel="PPO step")
+    values, errors = [e[key] for e in shown], [e[key + "_se"] for e in shown]
+    if len(shown) > 2:
+        axis.errorbar([e["step"] for e in shown], values, errors, marker="o", color=COLORS[0], capsize=3, linewidth=1.4)
+        axis.set(xlabel="PPO step")
+    else:
+        names = ["before" if e["step"] == 0 else f"step {e['step']}" for e in shown]
+        axis.bar(names, values, yerr=errors, color=COLORS[:len(shown)], capsize=4, width=0.5)
+    axis.set(title=f"{title} (± standard error)")
+
+
+def draw_over_kl(axis, evaluations: list[dict]) -> None:
+    """The reward model's score and the judges' verdict over the distance from the start: where they part, the reward model is
+    over-optimised."""
+    shown = [e for e in evaluations if "true_kl" in e and "reward" in e]
+    places = [math.sqrt(max(0.0, e["true_kl"])) for e in shown]
+    axis.set(title="on the evaluation instructions", xlabel="√ true KL, √ nats/token")
+    axis.errorbar(places, [e["reward"] for e in shown], [e["reward_se"] for e in shown], marker="o", color=COLORS[0], capsize=3)
+    axis.set_ylabel("reward ●", color=COLORS[0])
+    if shown and all("win_rate" in e for e in shown):
+        other = axis.twinx()
+        other.errorbar(places, [e["win_rate"] for e in shown], [e["win_rate_se"] for e in shown], marker="s", linestyle="--",
+                       color=COLORS[1], capsize=3)
+        other.set_ylabel("win rate, % ■", color=COLORS[1])
 
 
 # ----------------------------------------------------------------------------------------------------- of finished runs

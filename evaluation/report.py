@@ -10,6 +10,7 @@ answers before and after side by side.
 import base64
 import html
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 from evaluation.figures import Figure, draw_figures
@@ -27,7 +28,8 @@ def write_report(folders: Sequence[Path], out: Path, judge: str | None = None) -
     runs = [load_run(folder, judge) for folder in folders]
     configs = configurations(runs)
     out.mkdir(parents=True, exist_ok=True)
-    tables = [table for table in (table_1(configs), table_2(configs), table_3(configs)) if table]
+    tables = [table._replace(caption=f"{table.caption} {settings_of_training(runs)}")
+              for table in (table_1(configs), table_2(configs), table_3(configs)) if table]
     figures = draw_figures(configs, out)
     title = f"LoRA-based PPO: {len(configs)} configuration{'s' * (len(configs) > 1)}, {len(runs)} run{'s' * (len(runs) > 1)}"
     markdown = "\n".join([f"# {title}\n", *shown(runs), "", *map(as_markdown, tables),
@@ -47,6 +49,16 @@ def shown(runs: Sequence[Run]) -> list[str]:
     lines += [f"{run.folder} also holds: {'; '.join(run.others)} (report --judge NAME shows another judge's)" for run in runs
               if run.others]
     return lines
+
+
+def settings_of_training(runs: Sequence[Run]) -> str:
+    """The numbers that most decide a run, each with all its values, and when the runs began."""
+    names = {"beta": "β", "learning_rate": "learning rate", "lora_rank": "rank", "lora_alpha": "α", "steps": "steps",
+             "rollout_batch_size": "responses a step"}
+    found = {words: sorted({run.config[key] for run in runs if run.config.get(key) is not None}) for key, words in names.items()}
+    days = sorted({date.fromtimestamp((run.folder / "config.json").stat().st_mtime).isoformat() for run in runs})
+    return ("Runs: " + ", ".join(f"{words} {' and '.join(f'{x:g}' for x in values)}" for words, values in found.items() if values)
+            + f"; of {' to '.join(dict.fromkeys((days[0], days[-1])))}.")
 
 
 def instructions_of(run: Run) -> list[dict] | None:
@@ -103,7 +115,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
 th { background: var(--soft); } .caption { font-size: .88rem; opacity: .8; max-width: 60rem; }
 img { max-width: 100%; background: #fff; border-radius: 6px; }
-.samples { table-layout: fixed; } .samples td { width: 33%; overflow-wrap: anywhere; }
+.samples { table-layout: fixed; } .samples td { width: 33%; overflow-wrap: anywhere; white-space: pre-wrap; }
 pre { white-space: pre-wrap; font-size: .8rem; }
 small { display: block; margin-top: .3rem; opacity: .75; } small.win { font-weight: 600; opacity: 1; }
 summary { cursor: pointer; padding: .4rem 0; font-weight: 600; }

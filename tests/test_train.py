@@ -65,9 +65,9 @@ def test_metrics_have_one_line_a_step_with_finite_numbers(finished):
     metrics = records(finished / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
     documented = {"step", "learning_rate", "beta", "score_mean", "score_std", "shaped_reward", "penalty", "kl_k1", "kl_k1_se",
-                  "kl_k3", "true_kl", "length", "finished", "empty", "explained_variance", "policy_loss", "value_loss",
-                  "clip_fraction", "value_clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entropy", "grad_norm",
-                  "seconds_generate", "seconds_score", "seconds_update"}
+                  "kl_k3", "true_kl", "true_kl_se", "length", "finished", "empty", "explained_variance", "policy_loss",
+                  "value_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entropy",
+                  "grad_norm", "seconds_generate", "seconds_score", "seconds_update"}
     for m in metrics:
         assert set(m) == documented and all(math.isfinite(x) for x in m.values())
         assert 1 <= m["length"] <= 8 and m["grad_norm"] > 0 and m["beta"] == 0.02

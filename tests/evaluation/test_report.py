@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from datetime import date
 import re
 
 import pytest
@@ -42,7 +43,8 @@ def make_run(folder, seed=0, quality=False, **changes):
 
 @pytest.fixture
 def runs(tmp_path):
-    return [make_run(tmp_path / "b0", 0, quality=True), make_run(tmp_path / "b1", 1), make_run(tmp_path / "b2", 2),
+    return [make_run(tmp_path / "b0", 0, quality=True), make_run(tmp_path / "b1", 1, shard="auto"),
+            make_run(tmp_path / "b2", 2, baseline="runs/start"),
             make_run(tmp_path / "d", estimator="none", lora_dropout=0.5), make_run(tmp_path / "f", estimator="k1", tuning="full"),
             make_run(tmp_path / "h", estimator="none", learning_rate=1e-3)]
 
@@ -112,6 +114,16 @@ def test_the_report_says_what_its_figures_were_measured_on(runs, tmp_path, capsy
     said = capsys.readouterr().out
     assert "60 instructions of x.json, judge gpt" in said and "warning: these runs were not measured alike" in said
     assert "not measured alike" in (tmp_path / "apart" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_numbers_of_the_runs_stand_under_every_table(runs, tmp_path):
+    report.write_report(runs, tmp_path / "report")
+    text, today = (tmp_path / "report" / "report.md").read_text(), date.today().isoformat()
+    assert text.count(f"Runs: β 0.02, learning rate 0.0005 and 0.001, rank 8, steps 20; of {today}.") == 3
+
+
+def test_answers_keep_their_line_breaks(runs, tmp_path):
+    assert "white-space: pre-wrap" in next(line for line in report.STYLE.splitlines() if ".samples td" in line)
 
 
 def test_judgements_of_two_judges_are_never_mixed(tmp_path):

@@ -107,6 +107,58 @@ def test_curves_without_evaluations_or_without_judges_are_drawn_too(run_folder):
     assert draw_curves(run_folder)
 
 
+def drawn(run_folder, monkeypatch):
+    """The axes of curves.png, by their titles, and the title of all."""
+    pytest.importorskip("matplotlib")
+    kept = []
+    monkeypatch.setattr(figures, "save", lambda figure, *rest, **more: kept.append(figure))
+    draw_curves(run_folder)
+    return {axis.get_title(): axis for axis in kept[0].axes}, kept[0].get_suptitle()
+
+
+def test_two_evaluations_are_bars_and_more_are_a_curve(run_folder, monkeypatch):
+    """Two points make no curve."""
+    axes, _ = drawn(run_folder, monkeypatch)
+    panel = axes["win rate, % (± standard error)"]
+    assert [bar.get_height() for bar in panel.patches] == pytest.approx([200 / 3, 200 / 3])
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["before", "step 3"]
+    with open(run_folder / "evaluations.jsonl", "a") as file:
+        file.write(json.dumps(evaluation(6, [2, 2, 2])) + "\n")
+    axes, _ = drawn(run_folder, monkeypatch)
+    panel = axes["win rate, % (± standard error)"]
+    assert not panel.patches and list(panel.lines[0].get_xdata()) == [0, 3, 6]
+
+
+def test_the_true_kl_of_few_responses_has_a_band_and_what_is_clipped_axes_of_its_own(run_folder, monkeypatch):
+    lines = [json.loads(line) | {"true_kl_se": 0.05} for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    axes, _ = drawn(run_folder, monkeypatch)
+    [band] = axes["KL to the reference, nats/token"].collections
+    low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
+    assert (low, high) == pytest.approx((0.1 - 0.05, 0.3 + 0.05))
+    assert not axes["reward model's score"].collections
+    assert len(axes["policy: share clipped"].lines) == len(axes["value: share clipped"].lines) == 1
+
+
+def test_reward_and_win_rate_stand_over_the_distance_from_the_start(run_folder, monkeypatch):
+    found = [evaluation(step, wins) | {"reward": reward, "reward_se": 0.1, "true_kl": kl} for step, wins, reward, kl in (
+        (0, [1, 2], 0.0, 0.0), (5, [2, 2], 0.5, 0.04), (9, [1, 1], 1.0, 0.25))]
+    (run_folder / "evaluations.jsonl").write_text("".join(json.dumps(e) + "\n" for e in found))
+    axes, _ = drawn(run_folder, monkeypatch)
+    panel = axes["on the evaluation instructions"]
+    assert list(panel.lines[0].get_xdata()) == pytest.approx([0, 0.2, 0.5]) and list(panel.lines[0].get_ydata()) == [0, 0.5, 1]
+    assert list(axes[""].lines[0].get_ydata()) == pytest.approx([50, 100, 0])  # the win rate's own axis
+
+
+def test_the_title_says_what_the_run_was(run_folder, monkeypatch):
+    assert drawn(run_folder, monkeypatch)[1] == run_folder.name
+    config = {"estimator": "jensen_shannon", "beta": 0.02, "tuning": "lora", "lora_rank": 8, "learning_rate": 5e-4, "seed": 3}
+    (run_folder / "config.json").write_text(json.dumps(config))
+    assert drawn(run_folder, monkeypatch)[1] == "jensen shannon, β 0.02; LoRA of rank 8, learning rate 0.0005, seed 3"
+    (run_folder / "config.json").write_text(json.dumps(config | {"estimator": "none", "tuning": "full"}))
+    assert drawn(run_folder, monkeypatch)[1] == "no penalty; full fine-tuning, learning rate 0.0005, seed 3"
+
+
 def test_a_failed_drawing_leaves_the_last_picture(run_folder, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
     (run_folder / "curves.png").write_bytes(b"the last good picture")
