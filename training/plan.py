@@ -135,9 +135,11 @@ def shards_of(run: RunConfig) -> Shards | None:
     """Who holds which frozen weights under --shard; None where this process holds all. Every process of the run must ask, and
     from here on they keep in step."""
     Ranks.in_step = False
-    if run.shard and team().size > 1:
-        require_equal("with --shard", {"processes a machine": neighbours()})
-    if not run.shard or neighbours() == 1:
+    if not run.shard:
+        return None
+    require_equal("with --shard", {"processes a machine": neighbours()})
+    if neighbours() == 1:
+        print("the run's --shard: a process alone on its machine holds all of the frozen weights")
         return None
     device, its, _ = resolve_devices(run.policy_device, run.reference_device)
     if device != its:
