@@ -191,6 +191,21 @@ def table_of_cells(cells: Cells) -> list[str]:
     return lines
 
 
+def table_of_runs(lines: Sequence[dict]) -> list[str]:
+    """Each by itself, at its own highest point, which is too high by chance."""
+    table = head("run", "seed", "highest win rate, %", "step", "true KL there", "tokens there", "fact precision there, %",
+                 "last step's win rate, %", "win rate at each evaluation, %")
+    for line in lines:
+        cells, name, seed = read([line]), line["cell"], line["seed"]
+        run, i = cells[name][seed], peak_of(cells[name], seed)
+        highest, last = level(cells, name, at_peak), level(cells, name, lambda cell, seed: cell[seed].wins[-1])
+        table.append(row(name, seed, f"{highest.mean:.1f} ± {highest.error:.1f}", run.steps[i],
+                         *(f"{run.curve(key)[i]:.{digits}f}" for key, digits in (("true_kl", 3), ("tokens", 1),
+                                                                                 ("fact_precision", 1))),
+                         f"{last.mean:.1f} ± {last.error:.1f}", ", ".join(f"{x:.1f}" for x in run.curve("win_rate"))))
+    return table
+
+
 def table_of_contrasts(cells: Cells, asked: dict[str, dict[str, float]]) -> list[str]:
     """{question: weights of cells} by all measures; what is seen with 80 % chance stands beside the error."""
     lines = head("difference, points", "seeds", *MEASURES, f"smallest that would be seen ({next(iter(MEASURES))})")
@@ -261,7 +276,8 @@ def write_report(lines: Sequence[dict], folder: Path) -> Path:
     machines = sorted({line["machine"] for line in lines})
     hours = sum(line["seconds"] for line in lines) / 3600
     text = ["# The study of LoRA and full fine-tuning", "",
-            f"`python bench/study.py`; {len(lines)} runs, {hours:.1f} hours of them, one at a core; on", "",
+            f"`python bench/study.py`; {len(lines)} runs, {hours:.1f} hours of them, one at a core; on (dirty: by the lines of "
+            "these runs)", "",
             *(f"- {name}" for name in machines), "",
             "± is the error over runs and instructions both; of facts over runs. A cell's name is its tuning and penalty, at the "
             "best learning rate of its tuning's sweep.", "", "## Every cell", "", *table_of_cells(cells)]
@@ -273,6 +289,7 @@ def write_report(lines: Sequence[dict], folder: Path) -> Path:
                          ("(h) Penalties at beta 0.02, LoRA", table_of_order(cells, "")),
                          ("(h) Penalties at beta 0.3, LoRA", table_of_order(cells, "beta 0.3"))):
         text += ["", f"## {title}", "", *table] if len(table) > 2 else []
+    text += ["", "## Every run", "", *table_of_runs(lines)]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "study.md"
     file.write_text("\n".join(text) + "\n", encoding="utf-8")
@@ -300,7 +317,8 @@ def draw(cells: Cells, folder: Path) -> None:
             if runs := cells.get(f"{tuning}, {name}"):
                 curve(axis, runs, "step", mark, dash, name.replace("_", " "))
         axis.set(title={"lora": "LoRA", "full": "full fine-tuning"}[tuning], xlabel="PPO steps")
-        axis.legend(fontsize=8)
+        if axis.containers:
+            axis.legend(fontsize=8)
     axes[0].set_ylabel("win rate, %")
     save(figure, folder / "curves.png")
 
@@ -309,7 +327,8 @@ def draw(cells: Cells, folder: Path) -> None:
         if runs := cells.get(f"{tuning}, none"):
             curve(axis, runs, "true_kl", mark, dash, {"lora": "LoRA", "full": "full fine-tuning"}[tuning], math.sqrt)
     axis.set(xlabel="√ true KL, √ nats a token", ylabel="win rate, %", title="no penalty")
-    axis.legend(fontsize=8)
+    if axis.containers:
+        axis.legend(fontsize=8)
     save(figure, folder / "kl.png")
 
     figure, axis = pyplot.subplots(figsize=(6, 4))
@@ -335,5 +354,7 @@ def curve(axis, runs: dict[int, Run], x: str, mark: str, dash: object, label: st
 
 
 def save(figure, file: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    """Unless nothing of it has been run yet."""
+    if any(axis.containers for axis in figure.axes):
+        figure.tight_layout()
+        figure.savefig(file, dpi=110)
