@@ -3,9 +3,13 @@
 import contextlib
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 
 import train
@@ -73,3 +77,41 @@ def state_of(step: Path):
 def to_flags(given: dict) -> list[str]:
     return [part for name, value in given.items() if value is not None
             for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+# --- stages 1 and 2 ------------------------------------------------------------------------------------------------
+
+
+def write_stage_data(world: Path, folder: Path) -> None:
+    """sft.json and reward.json: twenty records of each."""
+    tasks = json.loads((world / "data" / "ppo.json").read_text())[:20]
+    (folder / "sft.json").write_text(json.dumps(tasks))
+    pairs = [{"instruction": task["instruction"], "input": task["input"], "output_1": task["output"], "output_2": "No.",
+              "preference": 1 + i % 2} for i, task in enumerate(tasks)]
+    (folder / "reward.json").write_text(json.dumps(pairs))
+
+
+# --- scenes that two processes play --------------------------------------------------------------------------------
+
+
+def played_by_two(worker: str, world: Path, folder: Path) -> Path:
+    """The folder in which two processes over gloo have played all of a worker's scenes."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(ROOT / "tests" / worker), str(world), str(folder)], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def scene(two: Path, name: str) -> dict:
+    """How it ended for the first process, after a look at the second, which ends alike and says nothing."""
+    first, second = (torch.load(two / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["code"] == second["code"] and (second["out"], second["err"]) == ("", "")
+    return first
+
+
+def one_line(two: Path, name: str, code: int) -> str:
+    """What it said as it ended so."""
+    ended = scene(two, name)
+    assert ended["code"] == code and ended["err"].count("\n") == 1, ended["err"]
+    return ended["err"]

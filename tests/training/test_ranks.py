@@ -4,10 +4,7 @@ tests/ranks_worker.py plays every scene in two processes over gloo, in one start
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -18,7 +15,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from ranks_worker import MUTANTS, TROUBLE, recorded
-from runs import STEPS, configured, records, settings, start, timeless, weights
+from runs import STEPS, configured, one_line, played_by_two, records, scene, settings, start, timeless, weights
 from torch.distributed.run import get_args_parser
 
 from ppo import PPOConfig, Rollout
@@ -72,25 +69,7 @@ def two(world, alone, ending, tmp_path_factory) -> Path:
     for name, out in (("begun-by-one",) * 2, ("begun-to-restart", "restarted"), ("begun-to-shard",) * 2):
         config = folder / name / "config.json"
         config.write_text(config.read_text().replace(str(alone["out"]), str(folder / out)))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           str(ROOT / "tests" / "ranks_worker.py"), str(world), str(folder)], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-def scene(two: Path, name: str) -> dict:
-    """How it ended for the first process, after a look at the second, which ends alike and says nothing."""
-    first, second = (torch.load(two / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert first["code"] == second["code"] and (second["out"], second["err"]) == ("", "")
-    return first
-
-
-def one_line(two: Path, name: str, code: int) -> str:
-    """What it said as it ended so."""
-    ended = scene(two, name)
-    assert ended["code"] == code and ended["err"].count("\n") == 1, ended["err"]
-    return ended["err"]
+    return played_by_two("ranks_worker.py", world, folder)
 
 
 def differences(alone: dict, other: dict) -> list[str]:

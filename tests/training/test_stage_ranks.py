@@ -6,10 +6,8 @@ tests/stage_ranks_worker.py plays every scene in two processes over gloo, in one
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
-from runs import settings, start
+from runs import one_line, played_by_two, scene, settings, start, write_stage_data
 from safetensors.torch import load_file
 from stage_ranks_worker import MUTANTS, PROGRAMS, STEPS, TROUBLE, changed, flags, recorded
 from torch.distributed.run import get_args_parser
@@ -57,16 +55,12 @@ def main(program: str, *argv: object) -> str:
 def alone(world, tmp_path_factory) -> dict:
     """What one process makes of the data in `folder`: the gradients of its steps by scene, and folders of those names."""
     folder = tmp_path_factory.mktemp("alone")
-    tasks = json.loads((world / "data" / "ppo.json").read_text())[:20]
-    (folder / "sft.json").write_text(json.dumps(tasks))
-    pairs = [{"instruction": task["instruction"], "input": task["input"], "output_1": task["output"], "output_2": "No.",
-              "preference": 1 + i % 2} for i, task in enumerate(tasks)]
-    (folder / "reward.json").write_text(json.dumps(pairs))
+    write_stage_data(world, folder)
     kept = {"folder": folder}
-    for scene, program, more in (("sft", "sft.py", []), ("reward", "reward.py", []), ("full", "reward.py", [
+    for name, program, more in (("sft", "sft.py", []), ("reward", "reward.py", []), ("full", "reward.py", [
             "--tuning", "full", "--weight-decay", 0.1, "--epochs", 1, "--learning-rate", 0.001])):
-        with recorded() as kept[scene]:
-            main(program, *flags(program, world, folder, scene, *more))
+        with recorded() as kept[name]:
+            main(program, *flags(program, world, folder, name, *more))
     return kept
 
 
@@ -97,26 +91,7 @@ def two(world, alone, tmp_path_factory) -> Path:
         shutil.copytree(folder / "run", folder / rule)
         (folder / rule / "config.json").write_text(json.dumps(config | {"reward": f"{folder / 'rules.py'}:{rule}"}))
     (folder / "annotations.json").write_text('[{"preference": 1}, {"preference": 2}]')
-    worker = [str(ROOT / "tests" / "stage_ranks_worker.py"), str(world), str(folder)]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker],
-                          capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-def scene(two: Path, name: str) -> dict:
-    """How it ended for the first process, after a look at the second, which ends alike and says nothing."""
-    first, second = (torch.load(two / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert first["code"] == second["code"] and (second["out"], second["err"]) == ("", "")
-    return first
-
-
-def one_line(two: Path, name: str, code: int) -> str:
-    """What it said as it ended so."""
-    ended = scene(two, name)
-    assert ended["code"] == code and ended["err"].count("\n") == 1, ended["err"]
-    return ended["err"]
+    return played_by_two("stage_ranks_worker.py", world, folder)
 
 
 def differing_steps(alone: dict, other: dict) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from runs import write_stage_data
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -33,11 +34,7 @@ PROGRAMS = {"sft.py": sft, "reward.py": reward}
 def data(world, tmp_path_factory) -> Path:
     """Data of both stages, and what a training comes to that nobody disturbs. Tests read it and never write to it."""
     here = tmp_path_factory.mktemp("stages")
-    tasks = json.loads((world / "data" / "ppo.json").read_text())[:20]
-    (here / "sft.json").write_text(json.dumps(tasks))
-    pairs = [{"instruction": task["instruction"], "input": task["input"], "output_1": task["output"], "output_2": "No.",
-              "preference": 1 + i % 2} for i, task in enumerate(tasks)]
-    (here / "reward.json").write_text(json.dumps(pairs))
+    write_stage_data(world, here)
     for program in PROGRAMS:
         assert run(program, *flags(program, world, here, here / f"whole {program}")) == 0
     return here
