@@ -37,6 +37,7 @@ LINES = ROOT / "bench" / "results" / "study" / "runs.jsonl"
 COMMON = {"steps": 40, "lr-steps": 100_000, "eval-every": 5, "save-every": 20, "keep": 1}
 RATES = {"lora": (2.5e-4, 5e-4, 1e-3, 2e-3), "full": (2.5e-5, 5e-5, 1e-4, 2e-4)}
 FIVE = ("none", "kl", "clamped_kl", "jensen_shannon", "bregman")
+SWEPT = 2  # seeds that decide on a rate; a third comes at the end, and changes no choice
 STRONG = 0.3  # beta at which the penalty takes a considerable share of the reward
 
 
@@ -58,30 +59,37 @@ class Cell:
         return {name: str(value) for name, value in (COMMON | own | dict(self.more)).items()}
 
 
-
-
 def main_cells() -> list[Cell]:
     return [Cell(f"{tuning}, {estimator}", tuning, estimator) for estimator in FIVE for tuning in RATES]
 
 
-def other_cells() -> list[Cell]:
-    strong = [Cell(f"{tuning}, {name}, beta {STRONG}", tuning, name, beta=STRONG)
-              for tuning, names in (("lora", (*FIVE[1:], "squared_error")), ("full", ("kl", "jensen_shannon"))) for name in names]
+def strong_cells(*names: str, tunings: tuple[str, ...] = tuple(RATES)) -> list[Cell]:
+    return [Cell(f"{tuning}, {name}, beta {STRONG}", tuning, name, beta=STRONG) for name in names for tuning in tunings]
+
+
+def adapter_cells() -> list[Cell]:
     mlp = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
     # alpha / rank stays 8: else another rank would be another learning rate too
-    return [*strong, Cell("lora, squared_error", "lora", "squared_error"),
-            Cell("lora, alpha 1", "lora", more=(("lora-alpha", "1"),)),
+    return [Cell("lora, alpha 1", "lora", more=(("lora-alpha", "1"),)),
             Cell("lora, rank 1", "lora", more=(("lora-rank", "1"), ("lora-alpha", "8"))),
             Cell("lora, rank 64", "lora", more=(("lora-rank", "64"), ("lora-alpha", "512"))),
             Cell("lora, all layers", "lora", more=(("lora-targets", mlp),))]
 
 
+def swept_cells(rates: dict[str, set[float]]) -> list[Cell]:
+    return [Cell(f"{tuning}, rate {rate:g}", tuning, rate=rate) for tuning in rates for rate in sorted(rates[tuning])]
+
+
 def after_the_sweep(tier: str) -> list[tuple[Cell, int]]:
-    """Seed by seed; the main cells first."""
-    few = tier == "quick"
-    mains = [cell for cell in main_cells() if not few or cell.estimator in ("none", "kl")]
-    return ([(cell, seed) for seed in range(2 if few else 5) for cell in mains]
-            + [(cell, seed) for seed in range(0 if few else 3) for cell in other_cells()])
+    """Those that decide most come first, seed by seed: no penalty beside one that matters, then the adapter, then the rest."""
+    deciding = [cell for cell in main_cells() if cell.estimator == "none"] + strong_cells("kl")
+    if tier == "quick":
+        return [(cell, seed) for seed in range(2) for cell in deciding]
+    order = [(deciding, 5), (adapter_cells(), 3), (strong_cells("jensen_shannon"), 5), (main_cells(), 5),
+             (strong_cells("clamped_kl", "bregman", "squared_error", tunings=("lora",)), 3),
+             ([Cell("lora, squared_error", "lora", "squared_error")], 3), (swept_cells({k: set(v) for k, v in RATES.items()}), 3)]
+    pairs = [(cell, seed) for cells, seeds in order for seed in range(seeds) for cell in cells]
+    return list(dict.fromkeys(pairs))
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
@@ -130,7 +138,7 @@ class Study:
 
     def all_of(self, wanted: list[tuple[Cell, int, dict[str, str]]]) -> None:
         """As many at once as jobs; a bar over their steps."""
-        wanted = [each for each in wanted if (each[0].name, each[1]) not in done()]
+        wanted = [each for each in wanted if not known(*each)]
         self.out.mkdir(parents=True, exist_ok=True)
         self.starts = {seed: threading.Lock() for _, seed, _ in wanted}
         steps = COMMON["steps"]
@@ -148,13 +156,12 @@ class Study:
                 bar.update(steps * (len(wanted) - len(running)) + taken - bar.n)
 
 
-def swept(study: Study, seeds: int) -> dict[str, float]:
+def swept(study: Study) -> dict[str, float]:
     """The best rate of each tuning, without a penalty: those of RATES are tried, and further ones while the best is the last."""
     rates = {tuning: set(tried) for tuning, tried in RATES.items()}
     while True:
-        cells = [Cell(f"{tuning}, rate {rate:g}", tuning, rate=rate) for tuning in rates for rate in sorted(rates[tuning])]
-        study.all_of([(cell, seed, cell.flags({})) for seed in range(seeds) for cell in cells])
-        best = {tuning: best_rate(read_lines(LINES), tuning) for tuning in rates}
+        study.all_of([(cell, seed, cell.flags({})) for seed in range(SWEPT) for cell in swept_cells(rates)])
+        best = {tuning: best_rate(read_lines(LINES), tuning, SWEPT) for tuning in rates}
         beyond = {tuning: {max(rates[tuning]): 2 * rate, min(rates[tuning]): rate / 2}.get(rate) for tuning, rate in best.items()}
         if not any(beyond.values()):
             return best
@@ -178,8 +185,12 @@ def line(cell: Cell, seed: int, flags: dict[str, str], folder: Path) -> dict:
             "metrics": curves, "machine": machine()}
 
 
-def done() -> set[tuple[str, int]]:
-    return {(run["cell"], run["seed"]) for run in read_lines(LINES)}
+def known(cell: Cell, seed: int, flags: dict[str, str]) -> bool:
+    """Whether there is a line; a run under another name that had the same flags gives it."""
+    same = [run for run in read_lines(LINES) if run["seed"] == seed and (run["cell"] == cell.name or run["flags"] == flags)]
+    if same and all(run["cell"] != cell.name for run in same):
+        append_line(LINES, same[0] | {"cell": cell.name, "seconds": 0})
+    return bool(same)
 
 
 def main() -> None:
@@ -191,7 +202,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.report:
         study = Study(args.out.resolve(), args.jobs)
-        rates = swept(study, seeds=2 if args.tier == "quick" else 3)
+        rates = swept(study)
         print(f"best rates without a penalty: {rates}")
         study.all_of([(cell, seed, cell.flags(rates)) for cell, seed in after_the_sweep(args.tier)])
     print(f"written: {write_report(read_lines(LINES), LINES.parent)}")

@@ -153,9 +153,9 @@ def holm(ps: dict[str, float]) -> dict[str, float]:
     return corrected
 
 
-def best_rate(lines: Sequence[dict], tuning: str) -> float:
-    """Of the sweep: the rate whose mean win rate at the peak is highest."""
-    cells = read(lines)
+def best_rate(lines: Sequence[dict], tuning: str, seeds: int) -> float:
+    """Of the sweep's first seeds: the rate whose mean win rate at the peak is highest."""
+    cells = read([line for line in lines if line["seed"] < seeds])
     names = [name for name in cells if name.startswith(f"{tuning}, rate ")]
     best = max(names, key=lambda name: level(cells, name, at_peak).mean)
     return float(best.rpartition(" ")[2])

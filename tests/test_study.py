@@ -71,7 +71,7 @@ def test_holm_corrects_the_smallest_most():
 def test_the_best_rate_is_that_of_the_highest_peak():
     rates = {1e-3: "1100", 5e-4: "1110", 2e-3: "1000"}
     lines = [line(f"lora, rate {rate:g}", seed, ["0000", row]) for rate, row in rates.items() for seed in (0, 1)]
-    assert report.best_rate([*lines, line("full, rate 1", 0, ["0000", "1111"])], "lora") == 5e-4
+    assert report.best_rate([*lines, line("full, rate 1", 0, ["0000", "1111"])], "lora", 2) == 5e-4
 
 
 def test_tables_and_figures_are_made_of_lines_alone(tmp_path):
