@@ -8,6 +8,7 @@
     python evaluate.py winrate --annotations FILE      # from recorded judgements, AlpacaEval's or ours
     python evaluate.py report RUNS... --out DIR        # Tables 1 and 2, Figures 1 to 3 of finished runs
     python evaluate.py chat runs/bregman-s0            # your instructions, answered by SFT and policy side by side
+    python evaluate.py rollout runs/bregman-s0         # what happens to each token of one response; --out FILE.html
     torchrun --standalone --nproc-per-node 4 evaluate.py runs/bregman-s0        # the same figures, by four processes
 
 Win rate (section 2.1): each of the 805 evaluation instructions is answered by the policy and by a reference writer; one
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 from data import format_prompt
 from divergences import ESTIMATORS
+from evaluation import chat, rollout
 from evaluation.endpoint import Endpoint
 from evaluation.factuality import QUESTION, check_topics, count_facts, fact_figures, load_passages, load_topics
 from evaluation.judges import (EndpointError, Judge, LLMJudge, ScoreJudge, Verdict, compare, endpoints_of, load_pool,
@@ -330,12 +332,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--judge", metavar="NAME", help="show what this judge said, as evaluation.json names it (default: the "
                         "fullest evaluation of each run)")
     report.add_argument("--out", type=Path, required=True, help="folder for report.html, report.md and the pictures")
-    chat = commands.add_parser("chat", help="answers to your instructions, SFT and policy side by side")
-    chat.add_argument("folder", type=Path, metavar="RUN", help="a run folder of train.py")
-    chat.add_argument("--step", type=int, help="checkpoint (default: the last)")
-    chat.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: the run's)")
-    chat.add_argument("--max-tokens", type=int, help="of an answer (default: the run's)")
-    chat.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    chat.add_flags(commands.add_parser("chat", help="answers to your instructions, SFT and policy side by side"))
+    rollout.add_flags(commands.add_parser("rollout", help="what happens to each token of one response, as table and page"))
     return parser
 
 
@@ -409,15 +407,17 @@ def report_command(args: argparse.Namespace) -> None:
     write_report(args.folders, args.out, args.judge)
 
 
-def chat_command(args: argparse.Namespace) -> None:
-    from evaluation.chat import chat
+def alone(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """A command of one process."""
+    def checked(args: argparse.Namespace) -> None:
+        if ranks.here().size > 1:
+            raise ValueError(f"{args.command} is with one process: start it with python, without torchrun")
+        command(args)
+    return checked
 
-    if ranks.here().size > 1:
-        raise ValueError("chat is with one process: start it with python, without torchrun")
-    chat(args.folder, args.step, args.temperature, args.max_tokens, args.seed)
 
-
-COMMANDS = {"run": run_command, "winrate": winrate_command, "report": report_command, "chat": chat_command}
+COMMANDS = {"run": run_command, "winrate": winrate_command, "report": report_command, "rollout": alone(rollout.show),
+            "chat": alone(lambda args: chat.chat(args.folder, args.step, args.temperature, args.max_tokens, args.seed))}
 
 
 def complain(error: BaseException) -> tuple[int, str]:

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 import ppo
-from data import PromptStream, left_pad, load_instructions, tokenize_prompts
+from data import left_pad, load_instructions, tokenize_prompts
 from divergences import get_estimator
 from evaluation.figures import draw_curves
 from evaluation.measure import Benchmark, evaluate_now, load_benchmark, measure_true_kl
@@ -102,11 +102,8 @@ def prepare(run: RunConfig, checkpoint: Path | None, shards: Shards | None) -> t
         check_origin(checkpoint, origin, vars(run))
     models = build_models(run, tokenizer, shards)
     print("\n".join(models.notes))
-    optimizer = torch.optim.Adam(models.trained(), lr=run.ppo.learning_rate, eps=run.ppo.adam_eps)
-    state = State(optimizer, prompts, PromptStream(len(prompts.ids), run.seed),
-                  sampling=torch.Generator(models.policy_device).manual_seed(run.seed),
-                  shuffling=torch.Generator().manual_seed(run.seed), beta=run.ppo.beta,
-                  origin=origin | models.origin | {"instructions": len(prompts.ids), "dropped": prompts.dropped})
+    state = State.at_start(run, models, prompts)
+    state.origin = origin | models.origin | {"instructions": len(prompts.ids), "dropped": prompts.dropped}
     print(describe_run(run, models, state) + (f"\n{benchmark.in_words(run.query_length)}" if benchmark else ""))
     if checkpoint:
         load_checkpoint(run, models, state, checkpoint)

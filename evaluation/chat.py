@@ -9,6 +9,7 @@ Instructions come from the terminal, or from a file or pipe, one a line; an empt
 loaded: with LoRA the SFT model is the same weights with the adapter switched off (or as it started).
 """
 
+import argparse
 import shutil
 import sys
 import textwrap
@@ -53,6 +54,15 @@ def side_by_side(titles: list[str], texts: list[str], width: int) -> str:
     height = max(map(len, wrapped))
     rows = zip(*(lines + [""] * (height - len(lines)) for lines in wrapped), strict=True)
     return "\n".join("   ".join(f"{cell:<{column}}" for cell in row).rstrip() for row in rows)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Of `python evaluate.py chat`."""
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder of train.py")
+    parser.add_argument("--step", type=int, help="checkpoint (default: the last)")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: the run's)")
+    parser.add_argument("--max-tokens", type=int, help="of an answer (default: the run's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
 
 
 def chat(folder: Path, step: int | None, temperature: float | None, max_tokens: int | None, seed: int) -> None:

@@ -24,7 +24,7 @@ from training.config import build_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-         for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", *(ROOT / "docs").glob("*.md")]}
+         for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", *(ROOT / "docs").rglob("*.md")]}
 # The miniature world in seconds: a few short responses a step, a dozen evaluation instructions.
 SMALL = ["--rollout-batch-size", "4", "--step-batch-size", "4", "--micro-batch-size", "4", "--rollout-micro-batch-size", "4",
          "--response-length", "6", "--policy-device", "cpu", "--reference-device", "cpu"]

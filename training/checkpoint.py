@@ -40,6 +40,14 @@ class State:
     # Digests of the data and of what training leaves as it is (origin.py), and how many instructions were used and dropped.
     origin: dict[str, str | int] = field(default_factory=dict)
 
+    @classmethod
+    def at_start(cls, run: RunConfig, models: Models, prompts: Prompts) -> "State":
+        """Before the first step."""
+        return cls(torch.optim.Adam(models.trained(), lr=run.ppo.learning_rate, eps=run.ppo.adam_eps), prompts,
+                   PromptStream(len(prompts.ids), run.seed),
+                   sampling=torch.Generator(models.policy_device).manual_seed(run.seed),
+                   shuffling=torch.Generator().manual_seed(run.seed), beta=run.ppo.beta)
+
     def position(self, device: str) -> dict[str, Any]:
         """Where the run stands between two steps, with every random state; device: the policy's."""
         kind = torch.device(device).type
