@@ -10,8 +10,8 @@
 
 One PPO step: sample responses, let four models read them, shape rewards (Eq. 3), estimate advantages, take a few clipped
 optimiser steps (Eq. 2). All of that is in ppo.py; here is the loop around it, and training/ holds what the loop needs. A run
-folder holds config.json, metrics.jsonl (a line a step), samples.jsonl, evaluations.jsonl, curves.png and
-step-0020/{policy,value,trainer}, whose policy/ PEFT loads as it is.
+folder holds config.json, about.json (commit, date), metrics.jsonl (a line a step), samples.jsonl, evaluations.jsonl, curves.png
+and step-0020/{policy,value,trainer}, whose policy/ PEFT loads as it is.
 
 Departures from the released code: frozen weights on one device are shared, so that one GPU is enough; checkpoint N is saved
 after step N with every random state, so that a resumed run repeats the one that was never stopped.
@@ -44,7 +44,7 @@ from training.devices import require_device, resolve_devices, same_kernels
 from training.folder import append_line, check_run_folder, checkpoints_line, cut_after, locked, read_lines
 from training.interrupts import Interrupts, Stopped, exit_code
 from training.models import Models, build_models, choose_dtype
-from training.origin import check_origin, texts_digest
+from training.origin import about, check_origin, texts_digest
 from training.plan import Shards, plan_of, require_sharable, shards_of
 from training.progress import LEGEND, StepProgress, describe_run, save_samples, step_line
 from training.rewards import is_rule
@@ -75,6 +75,8 @@ def train_in(out: Path, run: RunConfig, resume: bool) -> None:
     ranks.require_equal("what is loaded:", state.origin | {"dtype": run.dtype, "step": state.step})
     ranks.alike(models.trained())
     ranks.first(write_json, out / "config.json", run.to_dict())
+    if not checkpoint:
+        ranks.first(write_json, out / "about.json", about())
     for name in LINES:
         ranks.first(cut_after, out / name, state.step if checkpoint else -1)
     with Interrupts() as interrupts:

@@ -130,6 +130,9 @@ def draw_over_kl(axis, evaluations: list[dict]) -> None:
 # ----------------------------------------------------------------------------------------------------- of finished runs
 
 
+WIDTH = 5.4  # inches: shown 390 pixels wide, as on a phone, text of 10 points is 10 pixels high
+
+
 class Figure(NamedTuple):
     file: Path
     title: str
@@ -148,10 +151,10 @@ def draw_figures(configs: Sequence[Configuration], out: Path) -> list[Figure]:
 
 
 def figure_1(pyplot, configs: Sequence[Configuration], file: Path) -> Figure:
-    figure, axis = pyplot.subplots(figsize=(9, 4.6), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(WIDTH, 4.2 + 0.22 * len(configs)), layout="constrained")
     key, label = rated(configs)
     draw_over_steps(axis, configs, key, label)
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    legend_below(figure, axis)
     save(figure, file)
     best = max(((over_runs(es, key) or (-math.inf, 0), c.name, step) for c in configs for step, es in c.at_step().items()))
     return Figure(file, f"Figure 1. {key.replace('_', ' ').capitalize()} over PPO steps",
@@ -160,19 +163,19 @@ def figure_1(pyplot, configs: Sequence[Configuration], file: Path) -> Figure:
 
 
 def figure_2(pyplot, configs: Sequence[Configuration], file: Path) -> Figure:
-    figure, axes = pyplot.subplots(1, 2, figsize=(11.5, 4.6), layout="constrained")
+    figure, axes = pyplot.subplots(2, 1, figsize=(WIDTH, 7.6 + 0.22 * len(configs)), layout="constrained")
     draw_over_steps(axes[0], configs, "true_kl", "true KL to SFT, nats per token")
     draw_over_steps(axes[1], configs, "tokens", "response length, tokens")
-    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    legend_below(figure, axes[1])
     save(figure, file)
     ends = sorted((over_runs(c.last(), "true_kl")[0], c.name) for c in configs)
-    return Figure(file, "Figure 2. True KL (left) and response length (right) over PPO steps",
+    return Figure(file, "Figure 2. True KL (above) and response length (below) over PPO steps",
                   f"KL over the whole vocabulary, on each policy's own answers to the evaluation instructions. At the end it is "
                   f"lowest with {ends[0][1]} ({ends[0][0]:.3f}) and highest with {ends[-1][1]} ({ends[-1][0]:.3f}).")
 
 
 def figure_3(pyplot, configs: Sequence[Configuration], file: Path) -> Figure:
-    figure, axes = pyplot.subplots(1, 2, figsize=(11.5, 4.6), layout="constrained")
+    figure, axes = pyplot.subplots(2, 1, figsize=(WIDTH, 7.6 + 0.22 * len(configs)), layout="constrained")
     key, label = rated(configs)
     for i, c in enumerate(configs):
         style = {"color": COLORS[i % 8], "marker": MARKERS[i % 8]}
@@ -193,10 +196,15 @@ def figure_3(pyplot, configs: Sequence[Configuration], file: Path) -> Figure:
     fit = fit_bend(*zip(*points, strict=True)) if points else None
     if fit:
         draw_fit(axes[1], fit, max(x for x, _ in points))
-    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    legend_below(figure, axes[1] if points else axes[0])
     save(figure, file)
-    return Figure(file, f"Figure 3. {key.replace('_', ' ').capitalize()} over KL (left), reward over √KL (right)",
+    return Figure(file, f"Figure 3. {key.replace('_', ' ').capitalize()} over KL (above), reward over √KL (below)",
                   "A point is an evaluated checkpoint; lines follow one run, bars are standard errors. " + fit_in_words(fit))
+
+
+def legend_below(figure, axis) -> None:
+    """One for all panels, where it takes no width."""
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", fontsize=10)
 
 
 def draw_over_steps(axis, configs: Sequence[Configuration], key: str, label: str) -> None:
@@ -225,8 +233,7 @@ def draw_fit(axis, fit: Bend, end: float) -> None:
     if fit.corner is not None:
         axis.plot([straight, end], [fit(straight), fit(end)], color="black", linewidth=1.3, linestyle="--")
         axis.axvline(straight, color="black", linewidth=0.8, linestyle=":")
-        axis.annotate(f"bend at {straight:.2f}", (straight, axis.get_ylim()[0]), xytext=(4, 6), textcoords="offset points",
-                      fontsize=9)
+        axis.annotate(f"bend at {straight:.2f}", (straight, axis.get_ylim()[0]), xytext=(4, 6), textcoords="offset points")
 
 
 def fit_in_words(fit: Bend | None) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from evaluation.figures import Figure, draw_figures
 from evaluation.measure import load_benchmark
-from evaluation.results import Configuration, Run, configurations, load_run, settings_in_words
+from evaluation.results import Configuration, Run, configurations, load_run, read_object, settings_in_words
 from evaluation.tables import Table, as_html, as_markdown, table_1, table_2, table_3
 from formats.tokenizer import load_tokenizer
 from formats.write import write_text
@@ -56,9 +56,11 @@ def settings_of_training(runs: Sequence[Run]) -> str:
     names = {"beta": "β", "learning_rate": "learning rate", "lora_rank": "rank", "lora_alpha": "α", "steps": "steps",
              "rollout_batch_size": "responses a step"}
     found = {words: sorted({run.config[key] for run in runs if run.config.get(key) is not None}) for key, words in names.items()}
-    days = sorted({date.fromtimestamp((run.folder / "config.json").stat().st_mtime).isoformat() for run in runs})
+    abouts = [read_object(file) if (file := run.folder / "about.json").is_file() else {
+        "began": date.fromtimestamp((run.folder / "config.json").stat().st_mtime).isoformat()} for run in runs]
+    days, commits = (sorted({about[key] for about in abouts if key in about}) for key in ("began", "commit"))
     return ("Runs: " + ", ".join(f"{words} {' and '.join(f'{x:g}' for x in values)}" for words, values in found.items() if values)
-            + f"; of {' to '.join(dict.fromkeys((days[0], days[-1])))}.")
+            + (f"; commit {', '.join(commits)}" if commits else "") + f"; of {' to '.join(dict.fromkeys((days[0], days[-1])))}.")
 
 
 def instructions_of(run: Run) -> list[dict] | None:

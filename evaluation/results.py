@@ -14,7 +14,7 @@ Runs that differ in nothing but their seed are one configuration, as in the pape
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,9 +248,13 @@ def configurations(runs: Sequence[Run]) -> list[Configuration]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         alike = {key: value for key, value in run.config.items() if key not in PER_RUN}
+        alike["estimator"] = ALIASES.get(alike["estimator"], alike["estimator"])  # k3 is bregman
         groups.setdefault(json.dumps(alike, sort_keys=True), []).append(run)
     firsts = [group[0].config for group in groups.values()]
-    return [describe_configuration(group, firsts) for group in groups.values()]
+    configs = [describe_configuration(group, firsts) for group in groups.values()]
+    names = [c.name for c in configs]
+    return [replace(c, name=f"{c.name} ({c.runs[0].folder.name})", regularization=f"{c.regularization} ({c.runs[0].folder.name})")
+            if names.count(c.name) > 1 else c for c in configs]  # what sets them apart is in no name
 
 
 def describe_configuration(group: list[Run], firsts: Sequence[dict]) -> Configuration:

@@ -21,11 +21,20 @@ TEMPLATE = Path(__file__).with_name("rollout.html")
 
 def page(facts: dict[str, Any], moments: Sequence[Moment]) -> str:
     """The whole page."""
-    estimators = {name: {"name": NAMES[name], "formula": FORMULAS[name]} for name in moments[0]["by"]}
-    content = json.dumps({"facts": facts, "estimators": estimators, "moments": moments}, ensure_ascii=False)
+    estimators = {name: {"name": NAMES.get(name, name), "formula": FORMULAS.get(name, "")} for name in moments[0]["by"]}
+    content = json.dumps(rounded({"facts": facts, "estimators": estimators, "moments": moments}), ensure_ascii=False)
     content = content.replace("<", "\\u003c")  # "</script>" or "<!--" in a response would end the data
     title = html.escape(f"{facts['run']}: one response, token by token")
     return TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", title).replace("{{content}}", content)
+
+
+def rounded(content: Any) -> Any:
+    """With numbers of six digits, more than are shown."""
+    if isinstance(content, dict):
+        return {name: rounded(x) for name, x in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [rounded(x) for x in content]
+    return float(f"{content:.6g}") if isinstance(content, float) else content
 
 
 # ------------------------------------------------------------------------------------------------------------- terminal
@@ -38,11 +47,13 @@ def table(facts: dict[str, Any], moment: Moment) -> str:
     clipped = ["clipped" if is_clipped(token["ratio"], advantage, facts["cliprange"]) else ""
                for token, advantage in zip(tokens, own["advantage"], strict=True)]
     end = "" if moment["finished"] else ", which did not come to its end"
-    penalty = f"Penalty and reward (Eq. 3): {NAMES[facts['estimator']]}, β {beta:g}, score {fit(moment['score'])}"
+    name = NAMES.get(facts["estimator"], facts["estimator"])
+    by_estimator = {SHORT.get(name, name)[:8]: found["penalty"] for name, found in moment["by"].items() if name != "none"}
     parts = [
         f"step {moment['step']} of {facts['run']}, response {facts['row']} of the batch that follows{end}",
         f"instruction: {' '.join((facts['instruction'] + ' ' + facts['input']).split())}", "",
-        penalty, f"rewards are scaled by {fit(own['scale'])}, one over the batch's deviation", "",
+        f"Penalty and reward (Eq. 3): {name}, β {beta:g}, score {fit(moment['score'])}",
+        f"rewards are scaled by {fit(own['scale'])}, one over the batch's deviation", "",
         columns(tokens, {"log π": of(tokens, "logprob"), "log ref": of(tokens, "ref_logprob"), "true KL": of(tokens, "true_kl"),
                          "penalty": own["penalty"], "β·pen.": [beta * x for x in own["penalty"]], "score": score,
                          "reward": own["reward"]}), "",
@@ -52,7 +63,7 @@ def table(facts: dict[str, Any], moment: Moment) -> str:
         columns(tokens, {"value": of(tokens, "value"), "δ": own["delta"], "GAE": own["gae"], "adv.": own["advantage"],
                          "return": own["returns"], "ratio": of(tokens, "ratio"), "": clipped}), "",
         "The penalty under every estimator", "",
-        columns(tokens, {SHORT[name]: found["penalty"] for name, found in moment["by"].items() if name in SHORT}), "",
+        columns(tokens, by_estimator), "",
         "The likeliest other tokens, in % under policy/reference", "", *others(tokens)]
     return "\n".join(line for part in parts for line in (textwrap.wrap(part, 80) if "\n" not in part and part else [part]))
 

@@ -75,7 +75,7 @@ def test_every_file_that_a_text_names_exists(text):
         assert (folder / link).exists(), link
     in_a_run = {"config.json", "curves.png", "evaluation.json", "annotations.json", "outputs/reference_outputs.json",
                 "judgements.jsonl", "factscore.jsonl", "debug-step-0007.pt", "trainer/origin.json", "reward_config.json",
-                "rules.py", "params.json", "peer_step.py"}
+                "rules.py", "hackable.py", "params.json", "peer_step.py"}
     for name in set(re.findall(r"`((?:[a-z_0-9-]+/)*[a-z_0-9-]+\.(?:py|txt|md|json|jsonl|png))`", TEXTS[text])) - in_a_run:
         assert any((where / name).exists() for where in (ROOT, folder, folder / "results", ROOT / "tiny")), name
 
@@ -165,6 +165,7 @@ def test_resuming_merging_evaluating_reporting_and_chatting_run_as_they_stand(ho
     assert call(monkeypatch, recipe("evaluate.py report")) == 0 and (home / "report" / "report.html").is_file()
     monkeypatch.setattr(sys, "stdin", io.StringIO("Tell me about copper.\n"))
     assert call(monkeypatch, recipe("evaluate.py chat")) == 0 and "step 25" in capsys.readouterr().out
+    assert call(monkeypatch, recipe("evaluate.py rollout")) == 0 and "<html" in (home / "rollout.html").read_text(encoding="utf-8")
     assert {"evaluate.py runs/bregman-s0"} <= {shlex.join(command) for command in commands(README)}
 
 

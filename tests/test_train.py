@@ -47,7 +47,7 @@ def copy(finished, tmp_path) -> Path:
 
 def test_a_run_folder_holds_all_of_the_run(finished):
     names = {p.name for p in finished.iterdir()} - {"curves.png"}  # needs matplotlib
-    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"} | {
+    assert names == {"config.json", "about.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"} | {
         f"step-{n:04d}" for n in range(1, STEPS + 1)}
     assert {p.name for p in (finished / "step-0002").iterdir()} == {"policy", "value", "trainer", "manifest.json"}
 

@@ -10,7 +10,9 @@ a word as another one. Departs from the released code, whose checkpoints know no
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -20,6 +22,16 @@ from torch.distributed.tensor import DTensor
 
 ORIGIN = "origin.json"  # in a checkpoint's trainer/
 WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def about() -> dict[str, str]:
+    """When a run began, and with which version of torch and of these files: their commit, where they are in a git repository."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                                text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    return {"commit": commit or "unknown", "torch": torch.__version__, "began": date.today().isoformat()}
 
 
 def texts_digest(ids: Sequence[Sequence[int]], records: Sequence[dict]) -> str:

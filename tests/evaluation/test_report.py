@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from evaluation import report
+from evaluation import figures, report
 from evaluation.figures import fit_in_words
 from evaluation.results import configurations, load_run
 from evaluation.statistics import Bend, bootstrap, bootstrap_crossed, paired_difference, win_rate
@@ -55,6 +55,16 @@ def test_runs_that_differ_in_their_seed_are_one_configuration(runs):
     assert [c.regularization for c in found] == ["Bregman", "Dropout only (p = 0.5)", "KL",
                                                  "No regularization, learning rate 0.001"]
     assert [c.adaptation for c in found] == ["LoRA", "LoRA", "Full model tuning", "LoRA"]
+
+
+def test_one_estimator_has_one_name_and_equal_names_are_told_apart(tmp_path):
+    named = [make_run(tmp_path / "k3", 0, estimator="k3"), make_run(tmp_path / "bregman", 1)]
+    [found] = configurations([load_run(run) for run in named])
+    assert len(found.runs) == 2 and found.name == "Bregman"
+    # the dropout of an adapter that full tuning doesn't have is in no name
+    alike = [make_run(tmp_path / name, tuning="full", lora_dropout=p) for name, p in (("one", 0.1), ("two", 0.2))]
+    names = [c.name for c in configurations([load_run(run) for run in alike])]
+    assert names == ["Bregman, full tuning (one)", "Bregman, full tuning (two)"]
 
 
 def test_table_1_has_the_bootstrap_over_runs_and_the_error_of_a_single_one(runs):
@@ -169,6 +179,26 @@ def test_the_report_is_markdown_pictures_and_one_page_that_loads_nothing(runs, t
     assert "Table 1" in text and "![Figure 3" in text and "nan" not in text
     said = capsys.readouterr().out
     assert "Table 1" in said and all(name in said for name in names)
+
+
+def test_a_figure_is_readable_on_a_phone(runs, tmp_path, monkeypatch):
+    """390 pixels wide, no text is smaller than 9."""
+    text_module = pytest.importorskip("matplotlib.text")
+    sizes = []
+
+    def look(figure, file, dpi=130):
+        texts = [text for text in figure.findobj(text_module.Text) if text.get_text() and text.get_visible()]
+        sizes.append(min(text.get_fontsize() for text in texts) / 72 * 390 / figure.get_figwidth())
+
+    monkeypatch.setattr(figures, "save", look)
+    figures.draw_figures(configurations([load_run(run) for run in runs]), tmp_path)
+    assert len(sizes) == 3 and min(sizes) >= 9
+
+
+def test_the_commit_of_the_runs_stands_under_their_tables(runs):
+    about = {"commit": "abc1234", "torch": "2", "began": "2026-11-26"}
+    (runs[0] / "about.json").write_text(json.dumps(about))
+    assert report.settings_of_training([load_run(runs[0])]).endswith("; commit abc1234; of 2026-11-26.")
 
 
 def test_answers_stand_before_and_after_and_are_escaped(runs, tmp_path, monkeypatch):

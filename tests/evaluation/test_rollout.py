@@ -12,7 +12,7 @@ import ppo
 import train
 from divergences import ESTIMATORS, true_kl
 from evaluation import rollout
-from evaluation.rollout_page import fit, is_clipped, plain, width
+from evaluation.rollout_page import fit, is_clipped, page, plain, table, width
 from training.checkpoint import load_checkpoint
 from training.config import stored_config
 from training.folder import checkpoints
@@ -93,6 +93,13 @@ def test_true_kl_and_the_likeliest_others_are_of_the_whole_distribution(run, mom
     likely = policy.softmax(-1).topk(6).values.tolist()
     found = sorted([p for _, p, _ in token["others"]] + [torch.tensor(token["logprob"]).exp().item()], reverse=True)
     assert len(token["others"]) == 5 and found[:5] == pytest.approx(likely[:5], rel=1e-4)
+
+
+def test_an_estimator_of_the_readers_own_is_shown_too(run, monkeypatch):
+    monkeypatch.setitem(ESTIMATORS, "reverse_bregman", lambda p, q: (p - q).expm1() - (p - q))
+    found = taken(run, 2)
+    facts = {"run": "r", "row": 0, "estimator": "reverse_bregman", "instruction": "i", "input": "", "lam": 1, "cliprange": 0.2}
+    assert "reverse_" in table(facts, found) and "reverse_bregman" in page(facts, [found])
 
 
 def test_every_estimator_is_credited_as_if_the_run_had_it(world, run, moment, tmp_path):

@@ -122,7 +122,7 @@ def evaluated(text: str) -> float:
 def test_the_numbers_beside_a_token_are_its_own(page, content):
     page.locator("#tokens button").nth(1).click()
     own = content["moments"][-1]["by"]["bregman"]
-    shown = [value(text.rpartition(" = ")[2]) for text in page.locator("#detail .numbers").all_inner_texts()]
+    shown = [value(text.rpartition("= ")[2]) for text in page.locator("#detail .numbers").all_inner_texts()]
     expected = [own[name][1] for name in ("penalty", "shaped", "reward", "delta", "gae", "advantage", "returns")]
     assert shown[:7] == pytest.approx(expected, rel=1e-3)
     row = page.locator('#detail tr[data-estimator="kl"] td').all_inner_texts()
@@ -153,7 +153,7 @@ def test_the_slider_goes_through_the_checkpoints(page, content):
     assert page.inner_text("#stepname") == "Before the first PPO step"
     assert tiles(page) == pytest.approx([t["logprob"] for t in content["moments"][0]["tokens"]], rel=6e-3)
     page.keyboard.press("ArrowRight")
-    assert page.inner_text("#stepname") == "After 1 PPO steps"
+    assert page.inner_text("#stepname") == "After PPO step 1"
     assert tiles(page) == pytest.approx([t["logprob"] for t in content["moments"][1]["tokens"]], rel=6e-3)
 
 
