@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""LLaMA in one file: configuration, model, cached sampling, a scalar value head, Hugging Face folders.
+"""LLaMA and its kin in one file: configuration, model, cached sampling, a scalar value head, Hugging Face folders.
 
-The paper (Sun, Gupta, Iyyer 2023) trains a LLaMA-7B policy and value model; section 2.1 names the checkpoints.
-Parameter names are those of the published files, so loading needs no map:
+The paper (Sun, Gupta, Iyyer 2023) trains a LLaMA-7B policy and value model; section 2.1 names the checkpoints. Mistral,
+Qwen2, Qwen2.5 and Qwen3 differ from it by a bias or a norm (FAMILIES). Parameter names are those of the published files, so
+loading needs no map:
 
     model = Llama.from_pretrained("path/to/llama-7b", dtype=torch.bfloat16, device="cuda:0")
     tokens = generate(model, input_ids, attention_mask, max_new_tokens=300, eos_token_id=2, pad_token_id=0)
@@ -49,13 +50,17 @@ torch.zeros(1, device="cpu").sin()
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
+# By config.json's model_type: the name of transformers' classes. Qwen2 has biases on q, k and v, Qwen3 norms of each head's
+# queries and keys; Mistral is a LLaMA with a sliding window, which is not computed (see `longest`).
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
 
 @dataclass
 class LlamaConfig:
     """The shape of a LLaMA, under Hugging Face's field names; the defaults are LLaMA-7B's.
 
-    rope_scaling: None, or a dict with rope_type "linear" (factor) or "llama3" (factor, low_freq_factor,
-    high_freq_factor, original_max_position_embeddings). eos_token_id may be a list, as in Llama 3.
+    rope_scaling: None, or a dict with rope_type "linear", "dynamic" (factor), "llama3" (factor, low_freq_factor,
+    high_freq_factor, original_max_position_embeddings) or "yarn". eos_token_id may be a list, as in Llama 3.
     Raises ValueError naming the field for sizes that do not divide and for variants this file does not compute.
     """
 
@@ -78,6 +83,8 @@ class LlamaConfig:
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = None
     initializer_range: float = 0.02
+    model_type: str = "llama"
+    sliding_window: int | None = None  # how far back a position sees; None: to the first
 
     def __post_init__(self) -> None:
         heads = self.num_attention_heads
@@ -95,7 +102,7 @@ class LlamaConfig:
             raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs of coordinates")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported: LLaMA's is 'silu'")
-        self.rope_scaling = _checked_rope_scaling(self.rope_scaling)
+        self.rope_scaling = _checked_rope_scaling(self.rope_scaling, self.max_position_embeddings)
 
     def _check_types(self) -> None:
         """A config.json may hold anything; "false" for a flag would count as true."""
@@ -113,6 +120,16 @@ class LlamaConfig:
             if type(value) is not bool:
                 raise ValueError(f"{name} is {value!r}: it must be true or false")
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest sequence that is computed here as the model was made; None: any.
+
+        Up to a sliding window's length there is no difference to plain attention, and up to max_position_embeddings none
+        between dynamic RoPE and plain. Nothing beyond is computed.
+        """
+        dynamic = self.rope_scaling and self.rope_scaling["rope_type"] == "dynamic"
+        return min(filter(None, (self.sliding_window, self.max_position_embeddings if dynamic else None)), default=None)
+
     @classmethod
     def llama_7b(cls, **overrides: Any) -> LlamaConfig:
         """LLaMA-7B, the paper's model (AlpacaFarm's checkpoints have vocab_size=32001)."""
@@ -125,13 +142,17 @@ class LlamaConfig:
         Fields that do not change the computation (use_cache, transformers_version, ...) are left out.
         """
         model_type = values.get("model_type", "llama")
-        if model_type != "llama" or values.get("text_config"):
+        if model_type not in FAMILIES or values.get("text_config"):
             parts = " with a text_config" if values.get("text_config") else ""
-            raise ValueError(f"model_type {model_type!r}{parts} is not supported: only 'llama' is; other families go through "
-                             "ppo.py and lora.py taken by themselves (README.md)")
+            raise ValueError(f"model_type {model_type!r}{parts} is not supported: {', '.join(FAMILIES)} are; others train with "
+                             "ppo.py and lora.py taken by themselves, as python examples/hf_ppo.py does")
         if quantised := [name for name in ("quantization_config", "compression_config") if values.get(name)]:
             raise ValueError(f"{quantised[0]}: the model is quantised: name the unquantised one that it was made of")
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        if model_type != "llama":  # what transformers doesn't read for these counts for nothing here
+            known |= {"mlp_bias": False, "attention_bias": model_type == "qwen3" and known.get("attention_bias", False)}
+        windowed = model_type == "mistral" or model_type != "llama" and values.get("use_sliding_window", False)
+        known["sliding_window"] = values.get("sliding_window", 4096) if windowed else None
         rope = values.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"rope_parameters is {rope!r}: it must be an object or null")
@@ -145,22 +166,29 @@ class LlamaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json that transformers 4 and 5 both read."""
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | asdict(self)
+        window = {"use_sliding_window": True} if self.sliding_window and self.model_type != "mistral" else {}
+        return {"architectures": [f"{FAMILIES[self.model_type]}ForCausalLM"]} | asdict(self) | window
 
 
-def _checked_rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
+def _checked_rope_scaling(scaling: dict[str, Any] | None, max_position_embeddings: int) -> dict[str, Any] | None:
     """None for plain RoPE, else a copy under `rope_type` (old files say `type`) with every number it needs."""
     if not isinstance(scaling, dict | None):
         raise ValueError(f"rope_scaling is {scaling!r}: it must be an object or null")
     scaling = dict(scaling or {})
     kind = scaling.pop("type", "default")
     kind = scaling.setdefault("rope_type", kind)
-    needs = {"default": (), "linear": ("factor",),
-             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    needs = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+             "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")}
     if kind not in needs:
         raise ValueError(f"rope_scaling type {kind!r} is not supported: use one of {sorted(needs)}")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor {scaling['partial_rotary_factor']} is not supported: LLaMA's is 1")
+    if kind == "yarn":
+        if scaling.get("mscale") or scaling.get("mscale_all_dim") or not scaling.get("truncate", True):
+            raise ValueError("rope_scaling of type 'yarn' with mscale or without truncate is not supported")
+        usual = {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": max_position_embeddings}
+        scaling = usual | {key: value for key, value in scaling.items() if value is not None}
     missing = [key for key in needs[kind] if key not in scaling]
     if missing:
         raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
@@ -178,10 +206,12 @@ def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling["rope_type"] == "dynamic":
         return frequencies
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
+    if scaling["rope_type"] == "yarn":
+        return yarn_frequencies(config, frequencies)
     # Llama 3.1 slows only the slow pairs: those that turn fewer than `low` times over the original context are slowed
     # by the full factor, those that turn more than `high` times not at all, and between them it is a blend.
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -190,14 +220,33 @@ def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     return frequencies * (unscaled + (1 - unscaled) / scaling["factor"])
 
 
+def yarn_frequencies(config: LlamaConfig, frequencies: Tensor) -> Tensor:
+    """YaRN (Peng et al. 2023, section 3.2): pairs that turn more than beta_fast times over the original context stay, those
+    that turn less than beta_slow times are slowed by factor, and between these two pairs it is a blend."""
+    scaling, last = config.rope_scaling, config.head_dim - 1
+
+    def pair_that_turns(times: float) -> float:
+        radians = scaling["original_max_position_embeddings"] / (times * 2 * math.pi)
+        return config.head_dim * math.log(radians) / (2 * math.log(config.rope_theta))
+
+    first = max(math.floor(pair_that_turns(scaling["beta_fast"])), 0)
+    end = min(math.ceil(pair_that_turns(scaling["beta_slow"])), last)
+    pairs = torch.arange(len(frequencies), device=frequencies.device, dtype=torch.float32)
+    slowed = ((pairs - first) / max(end - first, 1e-3)).clamp(0, 1)
+    return frequencies * (1 - slowed + slowed / scaling["factor"])
+
+
 def rope_tables(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and signed sin of every rotation for positions (B, S): two of (B, S, 1, Dh), float32.
 
     Computed from the positions at each call: a stored table would be lost when a model is built on the meta device.
     """
     angles = positions.view(*positions.shape, 1, 1).float() * rope_frequencies(config, positions.device)
-    sin = angles.sin()
-    return angles.cos().repeat(1, 1, 1, 2), torch.cat((-sin, sin), dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    if (scaling := config.rope_scaling) and scaling["rope_type"] == "yarn":  # sharper attention: Peng et al. 2023, section 3.4
+        stretch = scaling.get("attention_factor") or 0.1 * math.log(max(1.0, scaling["factor"])) + 1
+        cos, sin = cos * stretch, sin * stretch
+    return cos.repeat(1, 1, 1, 2), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -280,20 +329,23 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.head_dim, bias = config.head_dim, config.attention_bias
+        self.head_dim = config.head_dim
+        bias, qwen2, qwen3 = config.attention_bias, config.model_type == "qwen2", config.model_type == "qwen3"
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias or qwen2)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias or qwen2)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias or qwen2)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if qwen3 else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if qwen3 else nn.Identity()
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None,
                 extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """(B, S, D) → (B, S, D). bias None: causal over these S positions, or one query that sees the whole cache."""
         B, S, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, S, -1, self.head_dim), rope).transpose(1, 2)  # (B, H, S, Dh)
-        k = rotate(self.k_proj(x).view(B, S, -1, self.head_dim), rope).transpose(1, 2)  # (B, Hkv, S, Dh)
+        q = rotate(self.q_norm(self.q_proj(x).view(B, S, -1, self.head_dim)), rope).transpose(1, 2)  # (B, H, S, Dh)
+        k = rotate(self.k_norm(self.k_proj(x).view(B, S, -1, self.head_dim)), rope).transpose(1, 2)  # (B, Hkv, S, Dh)
         v = self.v_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2)
         if extend is not None:
             k, v = extend(k, v)
@@ -396,6 +448,9 @@ class Llama(nn.Module):
         """
         S = input_ids.shape[1]
         past = cache.length if cache is not None else 0
+        if self.config.longest is not None and past + S > self.config.longest:
+            raise ValueError(f"a sequence of {past + S} tokens: this model is computed up to {self.config.longest} (its sliding "
+                             "window, or where dynamic RoPE begins)")
         if attention_mask is None and past:
             attention_mask = input_ids.new_ones(len(input_ids), past + S)
         x = self.model.embed_tokens(input_ids)
@@ -440,7 +495,7 @@ class Llama(nn.Module):
         return model.eval()
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors, which transformers loads as LlamaForCausalLM.
+        """Write config.json and model.safetensors, which transformers loads as LlamaForCausalLM or the family's own.
 
         A tied lm_head is stored once; one that an adapter was merged into is tied no more, and config.json says so.
         Adapters of lora.py are not part of it: merge them first to store their effect.

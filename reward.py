@@ -105,7 +105,7 @@ class RewardModel(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
                         part: Callable[[Tensor], Tensor] | None = None) -> RewardModel:
-        """Read our layout, transformers' LlamaForSequenceClassification with one label, or AlpacaFarm's reward model.
+        """Read our layout, transformers' LlamaForSequenceClassification (Qwen2's, ...) with one label, or AlpacaFarm's.
 
         Without model.py and formats/ beside this file the backbone is transformers' (and AlpacaFarm's layout is not read).
 
@@ -344,8 +344,9 @@ def _save(model: RewardModel, directory: Path, dtype: torch.dtype | None) -> Non
     stored = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     tensors["score.weight"] = model.score.weight.detach().float().contiguous()
     config = model.backbone.config.to_dict() | {
-        "architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "tie_word_embeddings": True,
+        "num_labels": 1, "tie_word_embeddings": True,
         "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "torch_dtype": stored}
+    config["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification") for name in config["architectures"]]
     about = {"mean": model.mean.item(), "std": model.std.item(), "eos": model.ends_with_eos,
              "prompt_template": model.prompt_template}
     directory.mkdir(parents=True, exist_ok=True)

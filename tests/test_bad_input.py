@@ -142,7 +142,7 @@ WRONG = [  # (what is wrong with the world, flags of train.py behind the right o
     (change("sft/config.json", hidden_size=32), [], "has shape"),
     (change("sft/config.json", num_attention_heads=3), [], "num_attention_heads 3"),
     (change("sft/config.json", hidden_act="gelu"), [], "hidden_act 'gelu' is not supported"),
-    (change("sft/config.json", rope_scaling={"rope_type": "yarn"}), [], "rope_scaling type 'yarn' is not supported"),
+    (change("sft/config.json", rope_scaling={"rope_type": "longrope"}), [], "rope_scaling type 'longrope' is not supported"),
     (remove("sft/model.safetensors"), [], "no model.safetensors or pytorch_model.bin"),
     (cut("sft/model.safetensors"), [], "model.safetensors: cannot be read, truncated or damaged"),
     (write("sft/model.safetensors", b""), [], "model.safetensors: cannot be read, truncated or damaged"),

@@ -456,9 +456,11 @@ def test_published_shapes_have_the_published_parameter_counts():
     ("num_key_value_heads", 3, "num_attention_heads 32 must be a multiple of num_key_value_heads 3"),
     ("head_dim", 7, "head_dim 7 must be even"),
     ("hidden_act", "gelu", "hidden_act 'gelu' is not supported"),
-    ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "rope_scaling type 'yarn' is not supported"),
+    ("rope_scaling", {"rope_type": "longrope", "factor": 2.0}, "rope_scaling type 'longrope' is not supported"),
+    ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}, "rope_scaling of type 'yarn' with mscale"),
+    ("rope_scaling", {"rope_type": "yarn"}, "lacks factor"),
     ("rope_scaling", {"rope_type": "linear"}, "lacks factor"),
-    ("model_type", "mistral", "model_type 'mistral' is not supported"),
+    ("model_type", "gemma", "model_type 'gemma' is not supported"),
 ])
 def test_configurations_that_would_compute_something_else_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):

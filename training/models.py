@@ -238,9 +238,13 @@ def build_models(run: RunConfig, tokenizer: Any, shards: Shards | None = None) -
 
 
 def window_warnings(run: RunConfig, policy: Any, reward: Any) -> list[str]:
-    """Lines about the longest texts that the run can come to, beside the models' configurations; reward None: none is known."""
+    """Lines about the longest texts that the run can come to, beside the models' configurations; reward None: none is known.
+    Raises ValueError where the policy can't be computed that far."""
     tokens = run.query_length + max(run.ppo.response_length, run.evaluation_length or 0)
     flags = "--query-length + --response-length"
+    if policy.longest is not None and tokens > policy.longest:
+        raise ValueError(f"{flags}: {tokens} tokens, and --policy {run.policy} is computed up to {policy.longest} (its sliding "
+                         "window, or where dynamic RoPE begins)")
     return [line for name, config in ((f"--policy {run.policy}", policy), (f"--reward {run.reward}", reward)) if config
             for line in window_warning(tokens, config.max_position_embeddings, f"{name}, {flags}")]
 

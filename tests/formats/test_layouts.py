@@ -187,11 +187,12 @@ def test_incomplete_folders_of_meta_are_refused(tmp_path):
 
 GGUF_LAYER = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
               "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-              "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+              "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+              "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 TOKENS = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(48)] + ["▁", *"abcdefghijkl"]
 
 
-def write_gguf(file, model, kind="F32", architecture="llama", experts=0, without=(), extra=()):
+def write_gguf(file, model, kind="F32", architecture="llama", experts=0, without=(), extra=None):
     """What llama.cpp's converter writes: matrices in `kind`, norms in float32, the tokenizer within."""
     gguf = pytest.importorskip("gguf")
     config, tensors = model.config, model.state_dict()
@@ -199,13 +200,16 @@ def write_gguf(file, model, kind="F32", architecture="llama", experts=0, without
     if not config.tie_word_embeddings:
         names["output.weight"] = "lm_head.weight"
     for i in range(config.num_hidden_layers):
-        names |= {f"blk.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight" for theirs, ours in GGUF_LAYER.items()}
+        names |= {f"blk.{i}.{ours}.{part}": f"model.layers.{i}.{theirs}.{part}" for theirs, ours in GGUF_LAYER.items()
+                  for part in ("weight", "bias") if f"model.layers.{i}.{theirs}.{part}" in tensors}
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_rope_dimension_count(config.head_dim)
+    head_dim = tensors["model.layers.0.self_attn.q_proj.weight"].shape[0] // config.num_attention_heads
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
     writer.add_rope_freq_base(5000.0)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -220,13 +224,13 @@ def write_gguf(file, model, kind="F32", architecture="llama", experts=0, without
         writer.add_expert_count(experts)
     for name, theirs in names.items():
         weight = tensors[theirs]
-        if name.endswith(("attn_q.weight", "attn_k.weight")):
-            weight = pairs_side_by_side(weight, len(weight) // config.head_dim)
+        if name.endswith(("attn_q.weight", "attn_k.weight")) and architecture == "llama":
+            weight = pairs_side_by_side(weight, len(weight) // head_dim)
         stored = gguf.GGMLQuantizationType[kind if weight.dim() == 2 else "F32"]
         if name not in without:
             writer.add_tensor(name, gguf.quantize(weight.numpy(), stored), raw_dtype=stored)
-    for name in extra:
-        writer.add_tensor(name, torch.ones(4).numpy())
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -247,10 +251,11 @@ def test_gguf_files_give_the_logits_of_transformers(kind, tied, tmp_path):
 
 def test_gguf_files_of_other_models_are_refused_by_name(tmp_path):
     model, file = published(), tmp_path / "tiny.gguf"
-    for changes, message in (({"architecture": "qwen2"}, "architecture 'qwen2' is not supported"),
+    odd = torch.tensor([1.0, 2.0, 1.0, 3.0])
+    for changes, message in (({"architecture": "gemma"}, "architecture 'gemma' is not supported"),
                              ({"experts": 4}, "'llama' with experts is not supported"),
-                             ({"extra": ["rope_freqs.weight"]}, "scaled RoPE is not read from GGUF"),
-                             ({"extra": ["blk.9.attn_q.weight"]}, "unexpected tensor blk.9.attn_q.weight"),
+                             ({"extra": {"rope_freqs.weight": odd}}, "scaled RoPE of other frequencies (rope_freqs) is not read"),
+                             ({"extra": {"blk.9.attn_q.weight": odd}}, "unexpected tensor blk.9.attn_q.weight"),
                              ({"without": ["blk.1.ffn_up.weight"]}, f"missing tensor {UP}"),
                              ({"without": ["token_embd.weight"]}, "lacks 'token_embd.weight'")):
         refusal(lambda changes=changes: Llama.from_pretrained(write_gguf(file, model, **changes)), f"{file}: ", message)
@@ -448,10 +453,10 @@ def test_a_nonsensical_number_of_layers_is_refused_at_once(bare, tmp_path):
     refusal(loading(write_meta(tmp_path / "meta", theirs, n_layers=10**7)), "consolidated.00.pth: missing tensor layers.10")
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2", "gpt2"])
+@pytest.mark.parametrize("kind", ["gemma2", "qwen2_moe", "gpt2"])
 def test_other_models_are_refused_by_name(kind, tmp_path):
     transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    refusal(loading(tmp_path), f"config.json: model_type '{kind}' is not supported: only 'llama' is")
+    refusal(loading(tmp_path), f"config.json: model_type '{kind}' is not supported: llama, mistral, qwen2, qwen3 are")
 
 
 def every_loader(folder):
@@ -480,7 +485,7 @@ def test_gemma_is_refused_by_its_name_whatever_its_weights(weights, head, tmp_pa
     if weights == "none":
         (folder / "model.safetensors").unlink()
     for load in every_loader(folder).values():
-        refusal(load, f"{folder / 'config.json'}: model_type 'gemma' is not supported: only 'llama' is; other families")
+        refusal(load, f"{folder / 'config.json'}: model_type 'gemma' is not supported: llama, mistral, qwen2, qwen3 are; others")
     (folder / "model_sum.txt").write_text("1.0")
     refusal(lambda: recover(tmp_path / "good", folder, tmp_path / "out"),
             f"{folder / 'config.json'}: model_type 'gemma' is not supported: differences to LLaMA are")
@@ -491,7 +496,7 @@ def test_a_model_of_several_modalities_is_refused(tmp_path):
     llava = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**SIZES))
     llava.save_pretrained(folder := tmp_path / "llava")
     for load in every_loader(folder).values():
-        refusal(load, "config.json: model_type 'llava' with a text_config is not supported: only 'llama' is")
+        refusal(load, "config.json: model_type 'llava' with a text_config is not supported: llama, mistral, qwen2, qwen3 are")
     text = json.loads((folder / "config.json").read_text()) | {"model_type": "llama"}
     (folder / "config.json").write_text(json.dumps(text))
     refusal(loading(folder), "config.json: model_type 'llama' with a text_config is not supported")
