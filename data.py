@@ -2,8 +2,9 @@
 """Instructions and preferences in, padded token batches out: everything between a data file and a model.
 
 Paper section 2.1: the stages of RLHF train on splits of Alpaca-52K, in AlpacaFarm's JSON format and Alpaca's prompts.
-This module reads those files (or the same records as JSON lines), renders prompts, tokenises them, and deals out
-instruction indices for PPO in an order that a checkpoint can resume. A tokenizer is any object with
+This module reads those files (and records of other habits; CSV, Parquet and the hub's files with formats/rows.py),
+renders prompts, tokenises them, and deals out instruction indices for PPO in an order that a checkpoint can resume. A
+tokenizer is any object with
 
     encode(text, bos, eos) -> ids and decode(ids) -> text, such as formats.tokenizer.load_tokenizer gives
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,36 +36,108 @@ from torch import Tensor
 HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate: JSON may hold one, and no tokenizer and no file takes it
 
 
-def load_instructions(path: str | Path, need_output: bool = False) -> list[dict]:
-    """Read AlpacaFarm records {instruction, input, output}: a JSON list, or one JSON object a line.
+class Rows(list):
+    """The records that a file gave. note: how many, and what was left out or not read, in a line for a program to print."""
 
-    `input` may be missing or null (it becomes ""), `output` too unless `need_output`; other fields are kept.
+    def __init__(self, records: Sequence[dict], path: str | Path, total: int, dropped: Counter, unread: Counter):
+        super().__init__(records)
+        parts = [f"{path}: {len(records):,} of {total:,} rows"]
+        parts += [f"{n:,} left out: {why}" for why, n in dropped.items()]
+        parts += [f"not read: {what} ({n:,} rows)" for what, n in unread.items()]
+        self.note = "; ".join(parts)
+
+
+def load_instructions(path: str | Path, need_output: bool = False) -> Rows:
+    """Read AlpacaFarm records {instruction, input, output}, or of other habits: {prompt}, {messages}, {prompt: messages}.
+
+    The file is a JSON list, one JSON object a line, CSV or Parquet. `input` may be missing or null (it becomes ""), `output` too
+    unless `need_output`; other fields are kept. Conversations of more than one turn are left out, and counted in the note.
     Raises FileNotFoundError or ValueError with one line that names file, record (counted from 0) and field.
     """
-    records = []
-    for where, record in _read_records(Path(path)):
+    records, total, dropped, unread = [], 0, Counter(), Counter()
+    for where, record in _read_records(path):
+        total += 1
+        record = _of_one_turn(where, record, dropped, unread)
+        if record is None:
+            continue
         record = _with_prompt_fields(where, record)
         if need_output or record.get("output") is not None:
             _check_text(where, record, "output")
         records.append(record)
-    return records
+    return _some(Rows(records, path, total, dropped, unread))
 
 
-def load_preferences(path: str | Path) -> list[dict]:
-    """Read AlpacaFarm pairs {instruction, input, output_1, output_2, preference}: 1 or 2, the better output.
+def load_preferences(path: str | Path) -> Rows:
+    """Read AlpacaFarm pairs {instruction, input, output_1, output_2, preference}: 1 or 2, the better output; or pairs of
+    {chosen, rejected}, texts beside a prompt or whole conversations.
 
-    Format and errors as in `load_instructions`. Ties (0, 1.5, null) are an error: the loss has no use for them.
+    Format and errors as in `load_instructions`. Ties (0, 1.5, null, chosen = rejected) are left out and counted in the note: the
+    loss has no use for them. Margins are not read.
     """
-    records = []
-    for where, record in _read_records(Path(path)):
+    records, total, dropped, unread = [], 0, Counter(), Counter()
+    for where, record in _read_records(path):
+        total += 1
+        record = _of_one_turn(where, _as_outputs(where, record, unread), dropped, unread)
+        if record is None:
+            continue
         record = _with_prompt_fields(where, record)
         _check_text(where, record, "output_1")
         _check_text(where, record, "output_2")
         preference = record.get("preference")
+        if preference in (0, 1.5, None) and not isinstance(preference, bool):
+            dropped["ties"] += 1
+            continue
         if isinstance(preference, bool) or preference not in (1, 2):
-            raise ValueError(f"{where}: field 'preference' is {preference!r}; it must be 1 or 2 (leave ties out)")
+            raise ValueError(f"{where}: field 'preference' is {preference!r}; it must be 1 or 2, or for a tie 0, 1.5 or null")
         records.append({**record, "preference": int(preference)})
-    return records
+    return _some(Rows(records, path, total, dropped, unread))
+
+
+def _some(rows: Rows) -> Rows:
+    if not rows:
+        raise ValueError(f"{rows.note}: none is left")
+    return rows
+
+
+def _of_one_turn(where: str, record: dict, dropped: Counter, unread: Counter) -> dict | None:
+    """The record with an `instruction`, whatever its file calls it; None, counted, for a conversation of several turns."""
+    turns = record.get("messages", record.get("prompt"))
+    if "instruction" in record or turns is None:
+        return record
+    if isinstance(turns, str):
+        return {"instruction": turns, **record}
+    said = [turn for turn in _conversation(where, turns) if turn["role"] != "system"]
+    if len(said) < len(turns):
+        unread["system messages"] += 1
+    if [turn["role"] for turn in said] not in (["user"], ["user", "assistant"]):
+        dropped["conversations of several turns"] += 1
+        return None
+    return {"instruction": said[0]["content"], **({"output": said[1]["content"]} if len(said) == 2 else {}), **record}
+
+
+def _conversation(where: str, turns: Any) -> list[dict]:
+    if not (isinstance(turns, list) and turns and all(isinstance(t, dict) and isinstance(t.get("role"), str)
+                                                     and isinstance(t.get("content"), str) for t in turns)):
+        raise ValueError(f"{where}: a conversation must be a list of {{role, content}}, both texts; found {str(turns)[:60]!r}")
+    return turns
+
+
+def _as_outputs(where: str, record: dict, unread: Counter) -> dict:
+    """A pair of chosen and rejected as output_1 and output_2, of which the first is better; others as they are."""
+    if "chosen" not in record or "output_1" in record:
+        return record
+    pair, prompt = [], {}
+    for name in ("chosen", "rejected"):
+        answer = record.get(name)
+        if not isinstance(answer, str):
+            *before, last = _conversation(where, answer)
+            if last["role"] != "assistant":
+                raise ValueError(f"{where}: field '{name}' ends with a turn of {last['role']!r}, not of the assistant")
+            answer, prompt = last["content"], {"prompt": before} if before else {}
+        pair.append(answer)
+    if "margin" in record or "score_chosen" in record:
+        unread["margins"] += 1
+    return {**prompt, "output_1": pair[0], "output_2": pair[1], "preference": int(pair[0] != pair[1]), **record}
 
 
 def read_text(path: str | Path) -> str:
@@ -79,17 +153,9 @@ def whole_characters(text: str) -> str:
     return HALF_A_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def _read_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("file: record i", object) for a JSON list or JSON lines."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data file; give a JSON list of records, or one JSON object a line")
-    text = read_text(path)
-    if not text.strip():
-        raise ValueError(f"{path}: the file is empty; give a JSON list of records, or one JSON object a line")
-    records = _parse_list(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text)
-    if not records:
-        raise ValueError(f"{path}: the list holds no records")
-    for i, record in enumerate(records):
+def _read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield ("file: record i", object) for a JSON list, JSON lines, CSV or Parquet."""
+    for i, record in enumerate(_parse(path)):
         where = f"{path}: record {i}"
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected an object with an 'instruction', found {type(record).__name__}")
@@ -99,6 +165,32 @@ def _read_records(path: Path) -> Iterator[tuple[str, dict]]:
                 raise ValueError(f"{where}: field '{field}' holds half a character, {half[0]!r} at position {half.start()}, as "
                                  "of an emoji that was cut in two: take it away or write it whole")
         yield where, record
+
+
+def _parse(path: str | Path) -> list:
+    """The records of a file, or of one on the hub."""
+    if str(path).startswith("hf://"):
+        from formats.rows import fetch
+
+        path = fetch(str(path))
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file; give a JSON list of records, one JSON object a line, CSV or Parquet")
+    if path.suffix.lower() == ".parquet":
+        from formats.rows import parse_parquet
+
+        return parse_parquet(path)
+    text = read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty; give a JSON list of records, one JSON object a line, CSV or Parquet")
+    if path.suffix.lower() == ".csv":
+        from formats.rows import parse_csv
+
+        return parse_csv(path, text)
+    records = _parse_list(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text)
+    if not records:
+        raise ValueError(f"{path}: the list holds no records")
+    return records
 
 
 def _parse_list(path: Path, text: str) -> list:

@@ -747,7 +747,9 @@ def load_groups(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Group], 
         prompt, response = encode_pair(record, output, tokenizer, args.prompt_template)
         return prompt + response
 
-    groups, dropped = group_preferences(load_preferences(args.data), encode, args.max_tokens)
+    pairs = load_preferences(args.data)
+    print(f"data: {pairs.note}")
+    groups, dropped = group_preferences(pairs, encode, args.max_tokens)
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(args.seed)).tolist()
     n = round(args.held_out * len(groups))
     if len(groups) == n:

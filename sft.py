@@ -156,6 +156,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def load_pairs(args: argparse.Namespace, tokenizer) -> tuple[list[Pair], list[Pair]]:
     """(training, validation) sequences that fit --max-tokens, split by --seed."""
     examples = load_instructions(args.data, need_output=True)
+    print(f"data: {examples.note}")
     pairs = [encode_pair(example, example["output"], tokenizer, args.prompt_template) for example in examples]
     short = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= args.max_tokens]
     order = torch.randperm(len(short), generator=torch.Generator().manual_seed(args.seed)).tolist()

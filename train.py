@@ -95,7 +95,9 @@ def prepare(run: RunConfig, checkpoint: Path | None, shards: Shards | None) -> t
     """Everything that a run needs, as it is before its first step or where the checkpoint left it."""
     torch.manual_seed(run.seed)
     tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
-    prompts = tokenize_prompts(load_instructions(run.data), tokenizer, run.prompt_template, run.query_length, "--query-length")
+    rows = load_instructions(run.data)
+    print(f"data: {rows.note}")
+    prompts = tokenize_prompts(rows, tokenizer, run.prompt_template, run.query_length, "--query-length")
     origin, benchmark = {"data": texts_digest(prompts.ids, prompts.examples)}, None
     if run.evaluation:
         benchmark = load_benchmark(run.evaluation, tokenizer, run.prompt_template, run.query_length)

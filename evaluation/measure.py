@@ -47,10 +47,11 @@ class Benchmark:
     about_prompts: list[list[int]] = field(default_factory=list)  # what is asked about facts, here or of --topics
     topics: list[str] = field(default_factory=list)
     left_out: int = 0                                            # instructions of the file whose prompts are too long
+    note: str = ""                                               # how many rows the file gave
 
     def in_words(self, max_tokens: int) -> str:
         """How much of the file it is, for whoever reads the win rate as the benchmark's."""
-        line = f"evaluation: {len(self.tasks)} instructions"
+        line = f"evaluation: {self.note}; {len(self.tasks)} instructions"
         return line if not self.left_out else (f"{line}, {self.left_out} more left out as longer than {max_tokens} tokens "
                                                "(--query-length): not the whole benchmark")
 
@@ -68,16 +69,17 @@ class Answers:
 def load_benchmark(path: str | Path, tokenizer: Any, template: str, max_tokens: int) -> Benchmark:
     """Evaluation instructions from a data file; longer prompts are left out. The miniature world's are known by their field
     "family" and the file about.json beside them."""
-    prompts = tokenize_prompts(load_instructions(path), tokenizer, template, max_tokens, limit="--query-length")
+    rows = load_instructions(path)
+    prompts = tokenize_prompts(rows, tokenizer, template, max_tokens, limit="--query-length")
     about_file = Path(path).with_name("about.json")
     miniature = all("family" in task for task in prompts.examples) and about_file.is_file()
     if not miniature:
-        return Benchmark(prompts.examples, prompts.ids, left_out=prompts.dropped)
+        return Benchmark(prompts.examples, prompts.ids, left_out=prompts.dropped, note=rows.note)
     from tiny.annotators import with_blanks
 
     about = tokenize_prompts(load_instructions(about_file), tokenizer, template, max_tokens)
     return Benchmark([with_blanks(task) for task in prompts.examples], prompts.ids,
-                     [with_blanks(task) for task in about.examples], about.ids, left_out=prompts.dropped)
+                     [with_blanks(task) for task in about.examples], about.ids, left_out=prompts.dropped, note=rows.note)
 
 
 def evaluate_now(models: Models, run: RunConfig, benchmark: Benchmark, label: str) -> dict[str, Any]:

@@ -69,8 +69,7 @@ def test_output_is_demanded_only_where_it_is_needed(tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"preference": 0}, "'preference' is 0; it must be 1 or 2"),
-    ({"preference": None}, "'preference' is None"),
+    ({"preference": 3}, "'preference' is 3; it must be 1 or 2"),
     ({"preference": True}, "'preference' is True"),
     ({"preference": "1"}, "'preference' is '1'"),
     ({"output_2": None}, "'output_2' is NoneType"),
@@ -168,3 +167,98 @@ def test_a_stream_resumes_exactly_where_it_was_saved():
 def test_a_stream_refuses_a_checkpoint_over_other_data():
     with pytest.raises(ValueError, match="the checkpoint counts 7 instructions, the data has 8"):
         PromptStream(8).load_state_dict(PromptStream(7).state_dict())
+
+
+# --- records of other habits -----------------------------------------------------------------------------------------
+
+TURN, ANSWER = {"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "3"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("record", [
+    {"instruction": "Add 1 and 2.", "input": "", "output": "3"}, {"prompt": "Add 1 and 2.", "output": "3"},
+    {"messages": [TURN, ANSWER]}, {"prompt": [TURN], "output": "3"}])
+def test_instructions_are_read_whatever_their_fields_are_called(tmp_path, record):
+    [found] = load_instructions(write(tmp_path, [record]), need_output=True)
+    assert (found["instruction"], found["input"], found["output"]) == ("Add 1 and 2.", "", "3")
+
+
+def test_conversations_of_several_turns_are_left_out_and_system_messages_said(tmp_path):
+    path = write(tmp_path, [{"messages": [SYSTEM, TURN, ANSWER]}, {"messages": [TURN, ANSWER, TURN, ANSWER]},
+                            {"messages": [ANSWER]}])
+    found = load_instructions(path)
+    assert [record["output"] for record in found] == ["3"]
+    assert found.note == (f"{path}: 1 of 3 rows; 2 left out: conversations of several turns; not read: system messages (1 rows)")
+
+
+@pytest.mark.parametrize("record", [
+    {"instruction": "Add 1 and 2.", "input": "", "output_1": "3", "output_2": "4", "preference": 1},
+    {"prompt": "Add 1 and 2.", "chosen": "3", "rejected": "4"},
+    {"prompt": [TURN], "chosen": [ANSWER], "rejected": [ANSWER | {"content": "4"}]},
+    {"chosen": [TURN, ANSWER], "rejected": [TURN, ANSWER | {"content": "4"}], "score_chosen": 9.0, "score_rejected": 2.0}])
+def test_preferences_are_read_as_pairs_or_as_chosen_and_rejected(tmp_path, record):
+    found = load_preferences(write(tmp_path, [record]))
+    assert [(r["instruction"], r["output_1"], r["output_2"], r["preference"]) for r in found] == [("Add 1 and 2.", "3", "4", 1)]
+    assert ("not read: margins (1 rows)" in found.note) == ("score_chosen" in record)
+
+
+def test_ties_are_left_out_and_said(tmp_path):
+    pair = {"instruction": "a", "output_1": "x", "output_2": "y"}
+    records = [pair | {"preference": p} for p in (2, 0, 1.5, None)] + [{"prompt": "a", "chosen": "x", "rejected": "x"}]
+    path = write(tmp_path, records)
+    found = load_preferences(path)
+    assert [r["preference"] for r in found] == [2] and found.note == f"{path}: 1 of 5 rows; 4 left out: ties"
+    with pytest.raises(ValueError, match="0 of 1 rows; 1 left out: ties: none is left"):
+        load_preferences(write(tmp_path, [pair | {"preference": 0}]))
+
+
+@pytest.mark.parametrize(("record", "says"), [
+    ({"messages": [{"role": "user"}]}, "a conversation must be"),
+    ({"prompt": "a", "chosen": [TURN], "rejected": "b"}, "field 'chosen' ends with a turn of 'user', not of the assistant"),
+    ({"chosen": "a", "rejected": "b"}, "field 'instruction' is missing"),
+    ({"prompt": "a", "chosen": "b"}, "a conversation must be")])
+def test_what_is_neither_is_one_line(tmp_path, record, says):
+    load = load_preferences if "chosen" in record else load_instructions
+    with pytest.raises(ValueError, match=says) as caught:
+        load(write(tmp_path, [record]))
+    assert "record 0" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_csv_is_read_with_line_breaks_and_quotes_in_its_fields(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text('instruction,output_1,output_2,preference\n"Say ""hi"",\nplease",hi,no,1\nb,x,y,\n', encoding="utf-8-sig")
+    found = load_preferences(path)
+    assert [(r["instruction"], r["preference"]) for r in found] == [('Say "hi",\nplease', 1)] and "1 left out: ties" in found.note
+    path.write_text("instruction,input\na,b,c\n")
+    with pytest.raises(ValueError, match="record 0: has more fields than the first row names"):
+        load_instructions(path)
+    path.write_text("instruction,input\na\n")
+    with pytest.raises(ValueError, match="record 0: has fewer fields"):
+        load_instructions(path)
+
+
+def test_parquet_is_read_and_a_damaged_file_is_one_line(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "chats.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": [TURN, ANSWER]}]), path)
+    assert load_instructions(path, need_output=True)[0]["output"] == "3"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match="chats.parquet: no Parquet file, or a damaged one"):
+        load_instructions(path)
+
+
+def test_a_file_of_a_dataset_on_the_hub_is_fetched_once_by_its_name(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(repository, file, repo_type, revision):
+        asked.append((repository, file, repo_type, revision))
+        return str(write(tmp_path, [{"prompt": "a"}]))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert load_instructions("hf://datasets/org/name@v1.0/data/train.json")[0]["instruction"] == "a"
+    assert load_instructions("hf://datasets/org/name/train.json") and asked == [
+        ("org/name", "data/train.json", "dataset", "v1.0"), ("org/name", "train.json", "dataset", None)]
+    with pytest.raises(FileNotFoundError, match="must be hf://datasets/org/name/path"):
+        load_instructions("hf://org/name")
