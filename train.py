@@ -3,7 +3,7 @@
 
     python train.py --estimator bregman                       # the miniature world, on whatever this machine has
     python train.py --estimator jensen_shannon --policy llama-sft10k --reward reward-model --data ppo.json   # real ones
-    python train.py --estimator none --lora-dropout 0.5       # Table 1's "dropout only"
+    python train.py --config runs/bregman-s0/config.json --beta 0.1       # another run's settings but for one; or YAML
     python train.py --resume --out runs/bregman-s0            # go on where a run stopped; with more --steps, beyond its end
     python train.py --plan --policy llama-sft10k ...          # the memory it would need on each device
     torchrun --standalone --nproc-per-node 4 train.py ...     # the same run, shared by four processes (docs/scale.md)
@@ -39,9 +39,9 @@ from formats.write import any_console, write_json
 from reward import RuleError
 from training import launch, ranks
 from training.checkpoint import LINES, State, load_checkpoint, save_bundle, save_checkpoint
-from training.config import RunConfig, build_config, build_parser, read_config, stored_config
+from training.config import RunConfig, build_config, build_parser, read_config, settings_in, stored_config
 from training.devices import require_device, resolve_devices, same_kernels
-from training.folder import append_line, check_run_folder, checkpoints_line, cut_after, locked, read_lines
+from training.folder import append_line, check_run_folder, checkpoints_line, cut_after, locked, own_folder, read_lines
 from training.interrupts import Interrupts, Stopped, exit_code
 from training.models import Models, build_models, choose_dtype
 from training.origin import about, check_origin, texts_digest
@@ -95,8 +95,7 @@ def prepare(run: RunConfig, checkpoint: Path | None, shards: Shards | None) -> t
     """Everything that a run needs, as it is before its first step or where the checkpoint left it."""
     torch.manual_seed(run.seed)
     tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
-    rows = load_instructions(run.data)
-    print(f"data: {rows.note}")
+    print(f"data: {(rows := load_instructions(run.data)).note}")
     prompts = tokenize_prompts(rows, tokenizer, run.prompt_template, run.query_length, "--query-length")
     origin, benchmark = {"data": texts_digest(prompts.ids, prompts.examples)}, None
     if run.evaluation:
@@ -255,6 +254,11 @@ def configure(given: dict[str, Any], resume: bool) -> RunConfig:
     """The run that the flags describe, or that a resumed folder holds."""
     for name in ("policy_device", "reference_device"):
         require_device(f"--{name.replace('_', '-')}", given.get(name))
+    file = given.pop("config", None)
+    if file and resume:
+        raise ValueError(f"--config {file} with --resume: a resumed run has its own, in its folder")
+    if file:
+        given.update(settings_in(Path(file)) | given)
     run = stored_config(given) if resume else build_config(given)
     if resume and is_rule(run.reward) and "reward" not in given:
         raise ValueError(f"--resume: the run's reward is the rule {run.reward}, which is code and runs only when it is named: "
@@ -278,6 +282,8 @@ def run_as_told(given: dict[str, Any], resume: bool, only_plan: bool) -> None:
         print(f"{place(run)}\n{plan_of(run, asked)}")
     else:
         require_sharable(run, resume)
+        if not ("out" in given or resume):
+            run.out = ranks.first(own_folder, run.out, ranks.restarted())
         train(run, resume or ranks.restarted() and ranks.first(is_begun, run))
 
 

@@ -5,10 +5,12 @@
     run = stored_config({"out": "runs/bregman-s0"})              # of a run that is there
 
 The defaults are the paper's (section 2.2) or the released code's; without --policy a run is the miniature world's, whose preset
-overrides some of them.
+overrides some of them. --config takes a file of settings in their place.
 """
 
 import argparse
+import contextlib
+import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -122,6 +124,13 @@ FIELDS: list[Field] = [f for f in fields(RunConfig) if f.name != "ppo"] + list(f
 # --------------------------------------------------------------------------------------------------------- command line
 
 
+EXAMPLES = """examples:
+  python train.py --estimator bregman                          the miniature world, on whatever this machine has
+  python train.py --policy sft10k --reward reward-model --data ppo.json --evaluation eval.json
+                                                               models and data of your own, with the paper's numbers
+  python train.py --resume --out runs/bregman-s0 --steps 50    go on where a run stopped, or beyond its end"""
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with the flags in one line, instead of after a page of all that there are."""
 
@@ -131,8 +140,10 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """A flag for every field; unset flags stay out of the namespace."""
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS,
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS, epilog=EXAMPLES,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="settings from a run's config.json, or JSON or YAML of the same "
+                        "names; flags override them")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--plan", action="store_true", help="print the memory that the run needs on each device, and stop")
     groups: dict[str, Any] = {}
@@ -159,8 +170,9 @@ def flag_type(annotation: Any) -> type:
 def help_text(f: Field) -> str:
     """What the field is, its default and unit, and the miniature world's own default where it has one."""
     tiny = TINY_PRESET.get(f.name, f.default)
-    default = f"{f.default}" + (f"; miniature world {tiny}" if tiny != f.default and f.default is not None else "")
-    return f"{f.metadata['help']} (default {default} {f.metadata['unit']}".replace("%", "%%").rstrip() + ")"
+    default = f"{f.default}" + (f"; miniature world {tiny}" if tiny != f.default else "")
+    shown = f" (default {default} {f.metadata['unit']}".rstrip() + ")"
+    return (f.metadata["help"] + (shown if f.default is not None else "")).replace("%", "%%")  # what None means, its help says
 
 
 def build_config(given: Mapping[str, Any]) -> RunConfig:
@@ -202,6 +214,36 @@ def stored_config(given: Mapping[str, Any]) -> RunConfig:
         raise ValueError(f"--resume: --{name.replace('_', '-')} {value} differs from the run's {stored.get(name)}: "
                          "leave the flag away, or start a new run in another --out")
     return checked(stored | {name: given.get(name, stored[name]) for name in ("steps", "shard")})
+
+
+def settings_in(file: Path) -> dict[str, Any]:
+    """What --config names: fields by name, some or all, in JSON or YAML. Of a run's config.json the folder is left away, which is
+    that run's. Raises ValueError naming file and field."""
+    import yaml  # comes with transformers
+
+    if not file.is_file():
+        raise FileNotFoundError(f"--config {file}: there is no such file")
+    try:
+        found = yaml.safe_load(read_text(file))  # JSON is YAML, too
+        if not isinstance(found, dict):
+            raise ValueError(f"holds a {type(found).__name__}, not names with values")
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"--config {file}: no settings of a run ({str(error).splitlines()[0]})") from None
+    known, given = {f.name: f for f in FIELDS}, {}
+    for name, value in found.items():
+        field = str(name).replace("-", "_")
+        if field not in known:
+            near = difflib.get_close_matches(field, known, 1)
+            raise ValueError(f"--config {file}: {name!r} is no setting" + (f"; {near[0]} is" if near else ""))
+        if isinstance(value, str) and float in (get_args(known[field].type) or (known[field].type,)):
+            with contextlib.suppress(ValueError):
+                value = float(value)  # YAML takes 1e-5, without a point, for a text
+        kind, choices = known[field].type, known[field].metadata.get("choices")
+        if not is_of_type(value, kind) or choices and value is not None and value not in choices:
+            raise ValueError(f"--config {file}: {name} is {value!r}: must be "
+                             + (f"one of {', '.join(choices)}" if choices else getattr(kind, "__name__", str(kind))))
+        given[field] = value
+    return {name: value for name, value in given.items() if not (name == "out" and file.name == "config.json")}
 
 
 def read_config(file: Path) -> dict[str, Any]:

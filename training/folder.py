@@ -236,6 +236,19 @@ def checkpoints_line(out: Path) -> str:
     return f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
 
+def own_folder(out: str, restarted: bool) -> str:
+    """A run's folder that nobody named: `out`, or where that holds a run already the next of its name, runs/bregman-s0-2. A
+    restarted run (torchrun --max-restarts) goes on in the last of them."""
+    taken: list[str] = []
+    while holds_files(Path(free := f"{out}-{len(taken) + 1}" if taken else out)):
+        taken.append(free)
+    if taken and restarted:
+        return taken[-1]
+    if taken:
+        print(f"{taken[-1]} holds a run already (--resume --out {taken[-1]} goes on with it): this one goes to {free}")
+    return free
+
+
 def check_run_folder(out: Path, resume: bool) -> Path | None:
     """The checkpoint to resume from, or None to begin at the beginning; an error when the folder holds another run's results."""
     if resume:
