@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Files and folders that are whole or not there: written beside their place and renamed."""
+"""Files and folders that are whole or not there: written beside their place and renamed. And what any console can show."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -24,6 +25,43 @@ def any_console() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    if not sys.stderr.isatty():
+        plain_bars()
+
+
+def plain_bars(every: float = 30.0, after: float = 2.0) -> None:
+    """tqdm's bars, all of this process, for a file or a pipe: instead of being redrawn each is a line every half minute and one
+    at its end, with what is done and left and the rate; one that is shorter than two seconds is none."""
+    from tqdm import tqdm
+
+    if getattr(tqdm, "plain", False):
+        return
+    tqdm.plain = True
+    line = "{desc}: {n_fmt} of {total_fmt} {unit}, {percentage:.0f} %, {elapsed} gone, {remaining} left, {rate_fmt}"
+
+    def display(bar: tqdm, *_: Any) -> None:
+        given = bar.format_dict
+        changes = {"bar_format": line, "prefix": (given["prefix"] or "").removesuffix(": ")}
+        print(tqdm.format_meter(**given | changes).strip(), file=bar.fp, flush=True)
+
+    def refresh(bar: tqdm, *_: Any, **__: Any) -> None:  # asked for by whoever sets a description, too
+        if not bar.disable and bar._time() - bar.last_print_t >= every:
+            display(bar)
+
+    def close(bar: tqdm) -> None:
+        if not bar.disable:
+            if bar._time() - bar.start_t >= after:
+                display(bar)
+            bar.disable = True
+            bar._decr_instances(bar)
+
+    @contextlib.contextmanager
+    def no_bar_is_in_the_way(file: Any = None, nolock: bool = False) -> Iterator[None]:
+        yield
+
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, delay=after, mininterval=every, maxinterval=every)
+    tqdm.display, tqdm.refresh, tqdm.close, tqdm.clear = display, refresh, close, lambda *_, **__: None
+    tqdm.external_write_mode = no_bar_is_in_the_way
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
