@@ -37,11 +37,11 @@ from evaluation.tables import before_after
 from formats.tokenizer import load_tokenizer
 from formats.write import any_console, write_json
 from reward import RuleError
-from training import launch, ranks
+from training import launch, ranks, record
 from training.checkpoint import LINES, State, load_checkpoint, save_bundle, save_checkpoint
 from training.config import RunConfig, build_config, build_parser, read_config, settings_in, stored_config
 from training.devices import require_device, resolve_devices, same_kernels
-from training.folder import append_line, check_run_folder, checkpoints_line, cut_after, locked, own_folder, read_lines
+from training.folder import check_run_folder, checkpoints_line, cut_after, locked, own_folder, read_lines
 from training.interrupts import Interrupts, Stopped, exit_code
 from training.models import Models, build_models, choose_dtype
 from training.origin import about, check_origin, texts_digest
@@ -140,11 +140,10 @@ def loop(run: RunConfig, models: Models, state: State, benchmark: Benchmark | No
     """Steps until the last one or a signal, which is returned, with a checkpoint every save_every and evaluations before, after
     and every eval_every."""
     out = Path(run.out)
-    watch = Watch(ranks.first(read_lines, out / "metrics.jsonl"))
+    keep, watch = record.Record(run, state.step), Watch(ranks.first(read_lines, out / "metrics.jsonl"))
 
     def evaluate(label: str) -> None:
-        result = evaluate_now(models, run, benchmark, label)
-        ranks.first(append_line, out / "evaluations.jsonl", {"step": state.step} | result)
+        ranks.first(keep, "evaluations", {"step": state.step} | evaluate_now(models, run, benchmark, label))
 
     with tqdm(total=run.steps, initial=state.step, desc="PPO", unit="step", position=0) as bar:
         if benchmark and state.step == 0:
@@ -153,7 +152,7 @@ def loop(run: RunConfig, models: Models, state: State, benchmark: Benchmark | No
         stop = interrupts.agreed()
         while state.step < run.steps and not stop:
             metrics, rollout, rows = step_or_save(out, models, state, run)
-            ranks.first(append_line, out / "metrics.jsonl", metrics)
+            ranks.first(keep, "metrics", metrics)
             tqdm.write("\n".join([step_line(metrics), *watch(metrics)]))
             bar.update()
             ranks.first(save_samples, out / "samples.jsonl", state, rollout, rows[:4], models.tokenizer)
@@ -282,6 +281,7 @@ def run_as_told(given: dict[str, Any], resume: bool, only_plan: bool) -> None:
         print(f"{place(run)}\n{plan_of(run, asked)}")
     else:
         require_sharable(run, resume)
+        ranks.each(lambda: record.require_log(run))
         if not ("out" in given or resume):
             run.out = ranks.first(own_folder, run.out, ranks.restarted())
         train(run, resume or ranks.restarted() and ranks.first(is_begun, run))
