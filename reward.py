@@ -4,6 +4,7 @@
     python reward.py --base runs/sft --data preferences.json --out runs/reward                   # LoRA, one GPU
     python reward.py --base runs/sft --data preferences.json --out runs/reward --tuning full     # as AlpacaFarm did
     python reward.py --resume --out runs/reward                                # go on where it stopped or was killed
+    python reward.py calibrate --reward DIR --policy runs/sft --data ppo.json  # standardise one as it is found
 
 A reward can also be a plain function, `rule(prompts, responses) -> list[float]`: see apply_rule.
 
@@ -74,6 +75,7 @@ class RewardModel(nn.Module):
 
     ends_with_eos: bool | None = True
     prompt_template: str | dict[str, str] | None = None
+    calibrated: dict[str, Any] | None = None  # where mean and std are from, if training/calibrate.py measured them
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -290,6 +292,7 @@ def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None, de
 def _with_head(model: RewardModel, directory: Path, weight: Tensor, about: dict[str, Any]) -> RewardModel:
     """The model with the stored head and what is stored about it: mean and std of its scores, and what it reads."""
     model.ends_with_eos, model.prompt_template = about.get("eos"), about.get("prompt_template")
+    model.calibrated = about.get("calibrated")
     if not isinstance(model.ends_with_eos, bool | None):
         raise ValueError(f"{directory}/reward_config.json: eos is {model.ends_with_eos!r}: must be true or false")
     for name, low in (("mean", -math.inf), ("std", 0.0)):
@@ -348,7 +351,7 @@ def _save(model: RewardModel, directory: Path, dtype: torch.dtype | None) -> Non
         "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "torch_dtype": stored}
     config["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification") for name in config["architectures"]]
     about = {"mean": model.mean.item(), "std": model.std.item(), "eos": model.ends_with_eos,
-             "prompt_template": model.prompt_template}
+             "prompt_template": model.prompt_template} | ({"calibrated": model.calibrated} if model.calibrated else {})
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
     for name, content in (("config.json", config), ("reward_config.json", about)):
@@ -818,6 +821,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 2 with one line for bad input, or as training/stages.py has them."""
     from training.stages import exit_code
 
+    words = sys.argv[1:] if argv is None else argv
+    if list(words[:1]) == ["calibrate"]:
+        from training import calibrate
+
+        return exit_code("reward.py", lambda: calibrate.parse_args(words[1:]), calibrate.run)
     return exit_code("reward.py", lambda: parse_args(argv), run)
 
 

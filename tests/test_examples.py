@@ -67,3 +67,27 @@ def test_the_example_is_a_page_and_needs_three_files_of_ours():
     ours = {line.split()[1] for line in text.splitlines() if line.split()[:1] in (["import"], ["from"])} & {
         "ppo", "divergences", "lora", "model", "reward", "data", "train", "evaluate", "sft", "training", "formats", "evaluation"}
     assert ours == {"ppo", "divergences", "lora"} and "sys" in sys.modules
+
+
+def test_a_text_classifier_is_a_rule_of_ten_lines(tmp_path, monkeypatch):
+    """docs/ecosystem.md's, as it stands, on a BERT of random weights."""
+    import re
+
+    import transformers
+
+    from conftest import ROOT
+    from training.rewards import load_rule
+
+    text = (ROOT / "docs" / "ecosystem.md").read_text(encoding="utf-8")
+    code = re.search(r"^    # classifier\.py\n((?:    .*\n|\n(?=    ))+)", text, re.MULTILINE)[1]
+    code = re.sub(r"^    ", "", code, flags=re.MULTILINE).partition("\npython ")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "name", "a", "metal", "copper"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    config = transformers.BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=16, num_labels=2)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    (tmp_path / "classifier.py").write_text(code.replace("path/to/classifier", str(tmp_path / "bert")))
+    found = load_rule(f"{tmp_path / 'classifier.py'}:liked")(["", ""], ["copper", "a"], ["name a metal", "name a metal"])
+    assert len(found) == 2 and found[0] != found[1]

@@ -20,6 +20,7 @@ import reward
 import sft
 import train
 from formats import convert
+from training import calibrate
 from training.config import build_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,7 +46,7 @@ def block(beginning: str) -> str:
 def commands(text: str) -> list[list[str]]:
     """Every `python X.py ...` of the blocks, as words."""
     lines = [line for b in blocks(text) for line in b.splitlines() if re.match(r"python \w+\.py\b", line)]
-    return [shlex.split(line.partition("  #")[0])[1:] for line in lines]
+    return [shlex.split(re.sub(r" 2> \w+", "", line.partition("  #")[0]))[1:] for line in lines]
 
 
 # --- what stands there -----------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def test_every_file_that_a_text_names_exists(text):
         assert (folder / link).exists(), link
     in_a_run = {"config.json", "curves.png", "evaluation.json", "annotations.json", "outputs/reference_outputs.json",
                 "judgements.jsonl", "factscore.jsonl", "debug-step-0007.pt", "trainer/origin.json", "reward_config.json",
-                "rules.py", "hackable.py", "params.json", "peer_step.py"}
+                "rules.py", "hackable.py", "classifier.py", "params.json", "peer_step.py"}
     for name in set(re.findall(r"`((?:[a-z_0-9-]+/)*[a-z_0-9-]+\.(?:py|txt|md|json|jsonl|png))`", TEXTS[text])) - in_a_run:
         assert any((where / name).exists() for where in (ROOT, folder, folder / "results", ROOT / "tiny")), name
 
@@ -88,6 +89,8 @@ def test_every_flag_of_a_command_exists(text, capsys, monkeypatch):
             build_parser("").parse_args(words)
         elif program == "evaluate.py":
             evaluate.build_parser().parse_args(words if words[0] in evaluate.COMMANDS else ["run", *words])
+        elif words[:1] == ["calibrate"]:
+            calibrate.parse_args(words[1:])
         elif program in ("sft.py", "reward.py"):
             {"sft.py": sft, "reward.py": reward}[program].parse_args(words)
         elif program == "lora.py":

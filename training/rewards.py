@@ -75,6 +75,7 @@ class Reader:
     model: RewardModel
     tokenizer: Any
     template: Any
+    end_is_known: bool = True  # whether it was trained on sequences that end in EOS; else that is assumed
 
     def ids(self, record: Record, answer: str, ended: bool) -> list[int]:
         """Prompt and answer; EOS behind an answer that came to its end, if the model was trained so."""
@@ -142,7 +143,18 @@ def open_reader(name: str, flag: str, template: str, eos: str | None, **how: Any
         encode_pair(PROBE, "The Elbe.", tokenizer, template)
     except ValueError as error:  # a chat template that isn't there, or that fails
         raise ValueError(f"{flag} {name}: {error}") from None
-    return Reader(model, tokenizer, template), f"and is read {note}"
+    return Reader(model, tokenizer, template, said is not None or eos is not None), f"and is read {note}; {scale_in_words(model)}"
+
+
+def scale_in_words(model: RewardModel) -> str:
+    """Where the scores' mean and deviation are from, without which beta means nothing."""
+    mean, std, found = model.mean.item(), model.std.item(), model.calibrated
+    if found:
+        return (f"its scores less {mean:.3g} ± {found['mean_se']:.2g}, over {std:.3g} ± {found['std_se']:.2g}, measured on "
+                f"{found['n']} answers of {found['policy']}")
+    if std == 1.0:
+        return "its scores are of any size, so that beta means nothing: python reward.py calibrate measures mean and deviation"
+    return f"its scores less {mean:.3g}, over {std:.3g}, as its training left them"
 
 
 # ---------------------------------------------------------------------------------------------------------------- rules
