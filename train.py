@@ -18,7 +18,6 @@ after step N with every random state, so that a resumed run repeats the one that
 """
 
 import contextlib
-import copy
 import sys
 import traceback
 from pathlib import Path
@@ -31,6 +30,7 @@ from tqdm import tqdm
 import ppo
 from data import left_pad, load_instructions, tokenize_prompts
 from divergences import get_estimator
+from evaluation.card import write_card
 from evaluation.figures import draw_curves
 from evaluation.measure import Benchmark, evaluate_now, load_benchmark, measure_true_kl
 from evaluation.tables import before_after
@@ -160,7 +160,7 @@ def loop(run: RunConfig, models: Models, state: State, benchmark: Benchmark | No
                 evaluate(f"step {state.step}")
             stop = interrupts.agreed()
             if state.step % run.save_every == 0 or state.step == run.steps or stop:
-                ranks.first(save_checkpoint, out, run, models, state)
+                ranks.first(save_checkpoint, out, run, models, state, write_card)
     return stop
 
 
@@ -172,7 +172,7 @@ def step_or_save(out: Path, models: Models, state: State, run: RunConfig) -> tup
     except RuleError:
         state.go_to(before, models.policy_device)
         if state.step and state.step % run.save_every:
-            ranks.first(save_checkpoint, out, run, models, state)
+            ranks.first(save_checkpoint, out, run, models, state, write_card)
         raise
 
 
@@ -267,7 +267,7 @@ def configure(given: dict[str, Any], resume: bool) -> RunConfig:
 
 def is_begun(run: RunConfig) -> bool:
     """Whether its folder holds this very run, which torchrun --max-restarts then goes on with."""
-    run, file = copy.deepcopy(run), Path(run.out) / "config.json"
+    run, file = RunConfig.from_dict(run.to_dict()), Path(run.out) / "config.json"
     place(run)
     return file.is_file() and read_config(file) | {"out": run.out} == run.to_dict()
 

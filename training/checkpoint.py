@@ -6,6 +6,7 @@ the optimiser, the position in the data, beta and every random state. Departs fr
 before the step that it is named by, and no random state.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,9 @@ class State:
             torch.cuda.set_rng_state(random["cuda"], device)
 
 
-def save_checkpoint(out: Path, run: RunConfig, models: Models, state: State) -> Path:
-    """step-0020/{policy,value,trainer}, whole or not at all; with --keep, older ones go."""
+def save_checkpoint(out: Path, run: RunConfig, models: Models, state: State, card: Callable[..., object] | None = None) -> Path:
+    """step-0020/{policy,value,trainer}, whole or not at all; with --keep, older ones go. card(policy/, out, run, step) may
+    describe the policy in its folder."""
     def write(part: Path) -> None:
         (part / "trainer").mkdir()
         (part / "value").mkdir()
@@ -81,6 +83,8 @@ def save_checkpoint(out: Path, run: RunConfig, models: Models, state: State) -> 
         else:
             models.policy.save_pretrained(part / "policy")
             models.value.backbone.save_pretrained(part / "value")
+        if card:
+            card(part / "policy", out, run, state.step)
         head = {name: tensor.detach().cpu() for name, tensor in models.value.head.state_dict().items()}
         write_atomically(part / "value" / "value_head.safetensors", lambda file: save_file(head, file))
         write_state(part / "trainer" / "state.pt", models, state)
