@@ -45,6 +45,8 @@ RUNS = [
     Exercise("03 grpo, 4 answers", "03-without-a-value-model", "--estimator bregman --advantage grpo --answers 4"),
     Exercise("04 none", None, "--estimator none"),
     Exercise("04 bregman in the reward, beta 0.3", None, "--estimator bregman --beta 0.3"),
+    Exercise("04 kl in the reward, beta 0.3", None, "--estimator kl --beta 0.3"),
+    Exercise("04 squared_error in the reward, beta 0.3", None, "--estimator squared_error --beta 0.3"),
     Exercise("04 kl in the loss, beta 0.3", "04-kl-in-the-loss", "--estimator kl --beta 0.3 --kl-in-loss"),
     Exercise("04 squared_error in the loss, beta 0.3", "04-kl-in-the-loss", "--estimator squared_error --beta 0.3 --kl-in-loss"),
     Exercise("04 bregman in the loss, beta 0.3", "04-kl-in-the-loss", "--estimator bregman --beta 0.3 --kl-in-loss"),
@@ -68,36 +70,41 @@ def run(exercise: Exercise, copy: Path) -> dict:
                           text=True)
     said = [line for line in done.stdout.splitlines() if line.startswith(("warning, step", "self-check"))]
     return {"name": exercise.name, "flags": exercise.flags, "patch": exercise.patch, "code": done.returncode, "said": said,
-            "error": done.stderr.strip().splitlines()[-1] if done.returncode else "", "machine": machine(),
+            "error": next((line for line in done.stderr.splitlines() if "train.py: " in line), ""), "machine": machine(),
             "metrics": read_lines(copy / "run" / "metrics.jsonl"),
             "evaluations": [{name: x for name, x in evaluation.items() if name == "preferences" or isinstance(x, float)}
                             for evaluation in read_lines(copy / "run" / "evaluations.jsonl")]}
 
 
-def row(found: dict) -> str:
+def row(found: dict, as_it_is: dict) -> str:
     """Of the table."""
     metrics, evaluations = found["metrics"], found["evaluations"]
     if found["code"]:
-        return f"| {found['name']} | `{found['flags']}` | stopped, exit code {found['code']} |||||||"
+        return f"| {found['name']} | `{found['flags']}` | stopped, exit code {found['code']} ||||||||"
     last = evaluations[-1]
     rate, error = win_rate(last["preferences"])
-    change, its_error = paired_difference(evaluations[0]["preferences"], last["preferences"])[:2]
+    change, its_error = paired_difference(evaluations[0]["preferences"], last["preferences"])
+    beside, error_beside = paired_difference(as_it_is["evaluations"][-1]["preferences"], last["preferences"])
     scores = f"{metrics[0]['score_mean']:.2f} → {metrics[-1]['score_mean']:.2f}"
     seconds = [sum(m[f"seconds_{phase}"] for m in metrics) / len(metrics) for phase in ("generate", "score", "update")]
     return (f"| {found['name']} | `{found['flags']}` | {scores} | {rate:.1f} ± {error:.1f} | {change:+.1f} ± {its_error:.1f} | "
+            f"{'–' if found is as_it_is else f'{beside:+.1f} ± {error_beside:.1f}'} | "
             f"{last['true_kl']:.4f} | {last['tokens']:.1f} | "
             f"{last['fact_precision']:.1f} | {100 * metrics[-1]['finished']:.0f} | "
             f"{' + '.join(f'{s:.2f}' for s in seconds)} |")
 
 
 def write(lines: list[dict], file: Path) -> None:
+    lines = sorted(lines, key=lambda line: line["name"])  # the first is the project as it is
     machines = sorted({line["machine"] for line in lines})
     text = ["# The exercises of docs/class", "", "`python bench/exercises.py`; one seed each (0), so that only differences of "
-            "several errors mean anything; ± is the error over 805 instructions.", "", *(f"- {name}" for name in machines), "",
-            "| exercise | flags | score of a step, first → last | win rate, % | its rise, points (paired) | true KL | tokens | "
-            "facts, % | finished, % | seconds a step: generate + score + update |", "| " + " | ".join(["---"] * 10) + " |",
-            *map(row, sorted(lines, key=lambda line: line["name"])), "", "What the runs said:", ""]
-    for line in sorted(lines, key=lambda line: line["name"]):
+            "several errors mean anything; ± is the error over 805 instructions, differences are paired by them. Seconds are "
+            "of a machine that did other things, too.", "", *(f"- {name}" for name in machines), "",
+            "| exercise | flags | score of a step, first → last | win rate, % | its rise, points | less as it is, points | "
+            "true KL | tokens | facts, % | finished, % | seconds a step: generate + score + update |",
+            "| " + " | ".join(["---"] * 11) + " |",
+            *(row(line, lines[0]) for line in lines), "", "What the runs said:", ""]
+    for line in lines:
         text += [f"- {line['name']}: {said}" for said in [*line["said"], *([line["error"]] if line["error"] else [])]]
     file.write_text("\n".join(text) + "\n", encoding="utf-8")
 

@@ -85,8 +85,8 @@ def after_the_sweep(tier: str) -> list[tuple[Cell, int]]:
     deciding = [cell for cell in main_cells() if cell.estimator == "none"] + strong_cells("kl")
     if tier == "quick":
         return [(cell, seed) for seed in range(2) for cell in deciding]
-    order = [(deciding, 5), (adapter_cells(), 3), (strong_cells("jensen_shannon"), 5), (main_cells(), 5),
-             (strong_cells("clamped_kl", "bregman", "squared_error", tunings=("lora",)), 3),
+    strong = strong_cells("jensen_shannon", "bregman", "squared_error", "clamped_kl", tunings=("lora",))
+    order = [(deciding, 5), ([*strong, *adapter_cells()], 3), (strong_cells("jensen_shannon"), 5), (main_cells(), 5),
              ([Cell("lora, squared_error", "lora", "squared_error")], 3), (swept_cells({k: set(v) for k, v in RATES.items()}), 3)]
     pairs = [(cell, seed) for cells, seeds in order for seed in range(seeds) for cell in cells]
     return list(dict.fromkeys(pairs))

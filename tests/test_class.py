@@ -130,7 +130,9 @@ def test_answers_are_measured_by_one_another_and_no_value_is_learned(copy):
 
 @answered("04-kl-in-the-loss")
 def test_the_gradient_of_a_good_estimate_need_not_be_a_good_gradient(copy):
-    """On average over the policy's samples: of k1 it is 0, of k2 the KL's own, of k3 that of the other KL, of π_ref to π."""
+    """On average over the policy's samples. In the loss, where the estimate is differentiated: of k1 it is 0, of k2 the KL's own,
+    of k3 that of the other KL, of π_ref to π. In the reward, where the policy gradient weighs ∇ log π by the estimate: of k1 the
+    KL's own, of k3 the difference of the two."""
     found = copy.python("""
         import torch, divergences
         torch.manual_seed(0)
@@ -141,11 +143,16 @@ def test_the_gradient_of_a_good_estimate_need_not_be_a_good_gradient(copy):
         weights = pi.exp().detach()  # of the samples: the policy's, and not differentiated
         means = {name: gradient((weights * divergences.ESTIMATORS[name](pi, ref)).sum())
                  for name in ("kl", "squared_error", "bregman")}
+        means |= {f"paid {name}": gradient((weights * divergences.ESTIMATORS[name](pi, ref).detach() * pi).sum())
+                  for name in ("kl", "bregman")}
         print(means | {"true": gradient((pi.exp() * (pi - ref)).sum()), "reverse": gradient((ref.exp() * (ref - pi)).sum())})""")
     assert found["kl"] == pytest.approx([0.0] * 5, abs=1e-12)
     assert found["squared_error"] == pytest.approx(found["true"], abs=1e-12)
     assert found["bregman"] == pytest.approx(found["reverse"], abs=1e-12)
     assert found["bregman"] != pytest.approx(found["true"], rel=0.1)
+    assert found["paid kl"] == pytest.approx(found["true"], abs=1e-12)
+    difference = [a - b for a, b in zip(found["true"], found["reverse"], strict=True)]
+    assert found["paid bregman"] == pytest.approx(difference, abs=1e-12)
     assert copy.train("--kl-in-loss", "--estimator", "squared_error", "--beta", "0.3").returncode == 0
 
 
