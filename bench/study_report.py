@@ -301,12 +301,12 @@ def write_report(lines: Sequence[dict], folder: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------------- figures
 
 MARKS = {"none": ("o", "-"), "kl": ("s", "--"), "clamped_kl": ("^", ":"), "jensen_shannon": ("D", "-."),
-         "bregman": ("v", (0, (5, 1)))}
+         "bregman": ("v", (0, (5, 1))), "squared_error": ("P", (0, (1, 1)))}
 
 
 def draw(cells: Cells, folder: Path) -> None:
-    """curves.png: win rate over steps, LoRA and full side by side; kl.png: over √KL; rates.png: the sweeps. Markers and dashes
-    tell them apart without colour."""
+    """curves.png: win rate over steps, LoRA and full side by side, with a penalty and without; strong.png: LoRA with every strong
+    one; kl.png: over √KL; rates.png: the sweeps. Markers and dashes tell them apart without colour."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -314,14 +314,24 @@ def draw(cells: Cells, folder: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, tuning in zip(axes, ("lora", "full"), strict=True):
-        for name, (mark, dash) in MARKS.items():
+        for name, label, (mark, dash) in (("none", "no penalty", MARKS["none"]), ("kl", "KL, β 0.02", MARKS["clamped_kl"]),
+                                          ("kl, beta 0.3", "KL, β 0.3", MARKS["kl"])):
             if runs := cells.get(f"{tuning}, {name}"):
-                curve(axis, runs, "step", mark, dash, name.replace("_", " "))
+                curve(axis, runs, "step", mark, dash, label)
         axis.set(title={"lora": "LoRA", "full": "full fine-tuning"}[tuning], xlabel="PPO steps")
         if axis.containers:
             axis.legend(fontsize=8)
     axes[0].set_ylabel("win rate, %")
     save(figure, folder / "curves.png")
+
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for name, (mark, dash) in MARKS.items():
+        if runs := cells.get("lora, none" if name == "none" else f"lora, {name}, beta 0.3"):
+            curve(axis, runs, "step", mark, dash, name.replace("_", " "))
+    axis.set(title="LoRA, penalties at β 0.3", xlabel="PPO steps", ylabel="win rate, %")
+    if len(axis.containers) > 1:
+        axis.legend(fontsize=8)
+        save(figure, folder / "strong.png")
 
     figure, axis = pyplot.subplots(figsize=(6, 4))
     for tuning, mark, dash in (("lora", "o", "-"), ("full", "s", "--")):
