@@ -242,7 +242,7 @@ def rope_tables(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]
     Computed from the positions at each call: a stored table would be lost when a model is built on the meta device.
     """
     angles = positions.view(*positions.shape, 1, 1).float() * rope_frequencies(config, positions.device)
-    cos, sin = angles.cos(), angles.sin()
+    sin, cos = angles.sin(), angles.cos()
     if (scaling := config.rope_scaling) and scaling["rope_type"] == "yarn":  # sharper attention: Peng et al. 2023, section 3.4
         stretch = scaling.get("attention_factor") or 0.1 * math.log(max(1.0, scaling["factor"])) + 1
         cos, sin = cos * stretch, sin * stretch

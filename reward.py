@@ -75,7 +75,7 @@ class RewardModel(nn.Module):
 
     ends_with_eos: bool | None = True
     prompt_template: str | dict[str, str] | None = None
-    calibrated: dict[str, Any] | None = None  # where mean and std are from, if training/calibrate.py measured them
+    stored_scale: tuple[float, float, dict[str, Any] | None] = 0.0, 1.0, None  # mean, std, how training/calibrate.py found them
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -292,7 +292,6 @@ def _load(cls: type[RewardModel], directory: Path, dtype: torch.dtype | None, de
 def _with_head(model: RewardModel, directory: Path, weight: Tensor, about: dict[str, Any]) -> RewardModel:
     """The model with the stored head and what is stored about it: mean and std of its scores, and what it reads."""
     model.ends_with_eos, model.prompt_template = about.get("eos"), about.get("prompt_template")
-    model.calibrated = about.get("calibrated")
     if not isinstance(model.ends_with_eos, bool | None):
         raise ValueError(f"{directory}/reward_config.json: eos is {model.ends_with_eos!r}: must be true or false")
     for name, low in (("mean", -math.inf), ("std", 0.0)):
@@ -302,6 +301,7 @@ def _with_head(model: RewardModel, directory: Path, weight: Tensor, about: dict[
                              + (" above 0" if name == "std" else ""))
     with torch.no_grad():
         model.score.weight.copy_(weight)
+        model.stored_scale = float(about["mean"]), float(about["std"]), about.get("calibrated")
         model.mean.fill_(float(about["mean"]))
         model.std.fill_(float(about["std"]))
     return model
@@ -351,7 +351,7 @@ def _save(model: RewardModel, directory: Path, dtype: torch.dtype | None) -> Non
         "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "torch_dtype": stored}
     config["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification") for name in config["architectures"]]
     about = {"mean": model.mean.item(), "std": model.std.item(), "eos": model.ends_with_eos,
-             "prompt_template": model.prompt_template} | ({"calibrated": model.calibrated} if model.calibrated else {})
+             "prompt_template": model.prompt_template} | ({"calibrated": model.stored_scale[2]} if model.stored_scale[2] else {})
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
     for name, content in (("config.json", config), ("reward_config.json", about)):

@@ -51,9 +51,11 @@ class Benchmark:
 
     def in_words(self, max_tokens: int) -> str:
         """How much of the file it is, for whoever reads the win rate as the benchmark's."""
-        line = f"evaluation: {self.note}; {len(self.tasks)} instructions"
-        return line if not self.left_out else (f"{line}, {self.left_out} more left out as longer than {max_tokens} tokens "
-                                               "(--query-length): not the whole benchmark")
+        line = f"evaluation: {len(self.tasks)} instructions"
+        if self.left_out:
+            line += (f", {self.left_out} more left out as longer than {max_tokens} tokens (--query-length): not the whole "
+                     "benchmark")
+        return f"{line}\nevaluation data: {self.note}" if self.note else line
 
 
 @dataclass

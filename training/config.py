@@ -68,8 +68,8 @@ class RunConfig:
     save_every: int = setting(20, "run", "PPO steps", "between checkpoints; the last step is always saved", low=1)
     keep: int = setting(0, "run", "checkpoints", "the newest that are kept; 0: all", low=0)
     eval_every: int = setting(0, "run", "PPO steps", "between evaluations during training; 0: before and after only", low=0)
-    log: str | None = setting(None, "run", "", "show the curves while the run goes: tensorboard (in the run folder) or wandb",
-                              ("tensorboard", "wandb"))
+    log_to: str | None = setting(None, "run", "", "show the curves while the run goes: tensorboard (in the run folder) or wandb",
+                                 ("tensorboard", "wandb"))
     policy_device: str | None = setting(None, "placement", "", "holds policy and value; None: where train.py pins it, or what "
                                         "there is")
     reference_device: str | None = setting(None, "placement", "", "holds reference and reward; None: alike")
@@ -206,16 +206,16 @@ def in_flags(message: str) -> str:
 
 
 def stored_config(given: Mapping[str, Any]) -> RunConfig:
-    """The configuration of the run in given["out"]. More steps than it has extend it, and --shard and --log only say who holds
+    """The configuration of the run in given["out"]. More steps than it has extend it, and --shard and --log-to only say who holds
     what and who looks on; any other flag that contradicts it is an error, since the run would be another one."""
     out = Path(given["out"]) if "out" in given else Path(build_config(given).out)
     stored = read_config(out / "config.json") | {"out": str(out)}
     for name, value in given.items():
-        if name in ("out", "shard", "log") or stored.get(name) == value or name == "steps" and value > stored["steps"]:
+        if name in ("out", "shard", "log_to") or stored.get(name) == value or name == "steps" and value > stored["steps"]:
             continue
         raise ValueError(f"--resume: --{name.replace('_', '-')} {value} differs from the run's {stored.get(name)}: "
                          "leave the flag away, or start a new run in another --out")
-    return checked(stored | {name: given.get(name, stored[name]) for name in ("steps", "shard", "log")})
+    return checked(stored | {name: given.get(name, stored[name]) for name in ("steps", "shard", "log_to")})
 
 
 def settings_in(file: Path) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: is no configuration of a run ({error})") from None
     # What runs did before there were such fields.
     stored = {"lr_steps": stored.get("steps"), "reference_dtype": "same", "evaluation_length": None, "reward_eos": None,
-              "shard": None, "baseline": None, "log": None} | stored
+              "shard": None, "baseline": None, "log_to": None} | stored
     for f in FIELDS:
         if f.name not in stored:
             raise ValueError(f"{file}: lacks {f.name}: written by another version of train.py")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The lines that a run leaves in its folder, and the same numbers where they are seen while it goes: --log tensorboard, wandb.
+"""The lines that a run leaves in its folder, and the same numbers where they are seen while it goes: --log-to tensorboard.
 
     record = Record(run, state.step)
     record("metrics", {"step": 1, "score_mean": 0.03, ...})      # a line in metrics.jsonl, curves under train/
 
-The paper's runs were watched so. Both are extras: without --log neither is imported.
+The paper's runs were watched so. Both are extras: without --log-to neither is imported.
 """
 
 import importlib.util
@@ -25,8 +25,8 @@ class Record:
 
     def __call__(self, name: str, line: dict) -> None:
         append_line(Path(self.run.out) / f"{name}.jsonl", line)
-        if self.run.log and self.show is None:
-            self.show = LOGS[self.run.log][1](self.run, self.step)
+        if self.run.log_to and self.show is None:
+            self.show = LOGS[self.run.log_to][1](self.run, self.step)
         if self.show:
             group = "train" if name == "metrics" else "evaluation"
             numbers = {f"{group}/{key}": x for key, x in line.items() if isinstance(x, (int, float)) and key != "step"}
@@ -61,6 +61,6 @@ LOGS: dict[str, tuple[str, Callable[[RunConfig, int], Show]]] = {"tensorboard": 
 
 
 def require_log(run: RunConfig) -> None:
-    """Raises ValueError where --log asks for a package that is not there."""
-    if run.log and importlib.util.find_spec(LOGS[run.log][0]) is None:
-        raise ValueError(f"--log {run.log}: the package is missing: pip install {LOGS[run.log][0]}")
+    """Raises ValueError where --log-to asks for a package that is not there."""
+    if run.log_to and importlib.util.find_spec(LOGS[run.log_to][0]) is None:
+        raise ValueError(f"--log-to {run.log_to}: the package is missing: pip install {LOGS[run.log_to][0]}")

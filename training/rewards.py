@@ -148,7 +148,7 @@ def open_reader(name: str, flag: str, template: str, eos: str | None, **how: Any
 
 def scale_in_words(model: RewardModel) -> str:
     """Where the scores' mean and deviation are from, without which beta means nothing."""
-    mean, std, found = model.mean.item(), model.std.item(), model.calibrated
+    mean, std, found = model.stored_scale
     if found:
         return (f"its scores less {mean:.3g} ± {found['mean_se']:.2g}, over {std:.3g} ± {found['std_se']:.2g}, measured on "
                 f"{found['n']} answers of {found['policy']}")

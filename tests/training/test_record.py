@@ -1,4 +1,4 @@
-"""What --log promises: the same numbers as in metrics.jsonl, a resumed run's but once, and nothing imported unasked."""
+"""What --log-to promises: the same numbers as in metrics.jsonl, a resumed run's but once, and nothing imported unasked."""
 
 import sys
 import types
@@ -20,7 +20,7 @@ def curves(out) -> dict:
 
 def test_tensorboard_holds_the_metrics_and_a_resumed_runs_once(world, tmp_path):
     pytest.importorskip("tensorboard", reason="an extra")
-    start(settings(world, tmp_path / "run", steps=2, log="tensorboard"))
+    start(settings(world, tmp_path / "run", steps=2, log_to="tensorboard"))
     start({"out": str(tmp_path / "run"), "steps": 3}, resume=True)
     metrics, found = records(tmp_path / "run" / "metrics.jsonl"), curves(tmp_path / "run")
     assert found["train/score_mean"] == [(m["step"], pytest.approx(m["score_mean"])) for m in metrics]
@@ -33,7 +33,7 @@ def test_wandb_gets_every_step_under_the_folders_name(world, tmp_path, monkeypat
     fake = types.SimpleNamespace(init=lambda **given: begun.append(given), log=lambda numbers, step: said.append((step, numbers)),
                                  __spec__=object())
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    start(settings(world, tmp_path / "run", steps=2, log="wandb", evaluation=None))
+    start(settings(world, tmp_path / "run", steps=2, log_to="wandb", evaluation=None))
     assert [(step, numbers["train/score_mean"]) for step, numbers in said] == [
         (m["step"], m["score_mean"]) for m in records(tmp_path / "run" / "metrics.jsonl")]
     [run] = begun
@@ -42,7 +42,7 @@ def test_wandb_gets_every_step_under_the_folders_name(world, tmp_path, monkeypat
 
 def test_a_missing_package_is_one_line_before_anything_slow(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--log wandb: the package is missing: pip install wandb"):
-        require_log(types.SimpleNamespace(log="wandb"))
-    require_log(types.SimpleNamespace(log=None))
+    with pytest.raises(ValueError, match="--log-to wandb: the package is missing: pip install wandb"):
+        require_log(types.SimpleNamespace(log_to="wandb"))
+    require_log(types.SimpleNamespace(log_to=None))
     assert "tensorboard" not in sys.modules or train  # nothing of it is imported by train.py itself
