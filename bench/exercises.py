@@ -58,6 +58,8 @@ RUNS = [
     Exercise("07 no EOS at all", "07-no-eos-at-all", "--estimator bregman --steps 5"),
     Exercise("08 alpha 1", "08-alpha", "--estimator bregman"),
     Exercise("09 a reward to hack", "09-a-reward-to-hack", "--estimator bregman --reward hackable.py:informative"),
+    Exercise("09 a reward to hack, further", "09-a-reward-to-hack",
+             "--estimator none --reward hackable.py:informative --learning-rate 1e-3 --lr-steps 100000 --steps 40"),
 ]
 
 
@@ -80,7 +82,7 @@ def row(found: dict, as_it_is: dict) -> str:
     """Of the table."""
     metrics, evaluations = found["metrics"], found["evaluations"]
     if found["code"]:
-        return f"| {found['name']} | `{found['flags']}` | stopped, exit code {found['code']} ||||||||"
+        return f"| {found['name']} | `{found['flags']}` | stopped, exit code {found['code']} |||||||||"
     last = evaluations[-1]
     rate, error = win_rate(last["preferences"])
     change, its_error = paired_difference(evaluations[0]["preferences"], last["preferences"])
@@ -89,7 +91,7 @@ def row(found: dict, as_it_is: dict) -> str:
     seconds = [sum(m[f"seconds_{phase}"] for m in metrics) / len(metrics) for phase in ("generate", "score", "update")]
     return (f"| {found['name']} | `{found['flags']}` | {scores} | {rate:.1f} ± {error:.1f} | {change:+.1f} ± {its_error:.1f} | "
             f"{'–' if found is as_it_is else f'{beside:+.1f} ± {error_beside:.1f}'} | "
-            f"{last['true_kl']:.4f} | {last['tokens']:.1f} | "
+            f"{metrics[1]['true_kl']:.1e} | {last['true_kl']:.4f} | {last['tokens']:.1f} | "
             f"{last['fact_precision']:.1f} | {100 * metrics[-1]['finished']:.0f} | "
             f"{' + '.join(f'{s:.2f}' for s in seconds)} |")
 
@@ -101,8 +103,8 @@ def write(lines: list[dict], file: Path) -> None:
             "several errors mean anything; ± is the error over 805 instructions, differences are paired by them. Seconds are "
             "of a machine that did other things, too.", "", *(f"- {name}" for name in machines), "",
             "| exercise | flags | score of a step, first → last | win rate, % | its rise, points | less as it is, points | "
-            "true KL | tokens | facts, % | finished, % | seconds a step: generate + score + update |",
-            "| " + " | ".join(["---"] * 11) + " |",
+            "true KL after one step | true KL | tokens | facts, % | finished, % | seconds a step: generate + score + update |",
+            "| " + " | ".join(["---"] * 12) + " |",
             *(row(line, lines[0]) for line in lines), "", "What the runs said:", ""]
     for line in lines:
         text += [f"- {line['name']}: {said}" for said in [*line["said"], *([line["error"]] if line["error"] else [])]]
