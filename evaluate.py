@@ -121,7 +121,7 @@ def open_folder(folder: Path, args: argparse.Namespace) -> tuple[RunConfig, list
 
 def prepare(folder: Path, run: RunConfig, shards: Shards | None, args: argparse.Namespace) -> tuple:
     """Everything else before the first answer: benchmark, passages, what was measured before, models, judges."""
-    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
+    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template, run.system)
     benchmark, passages, older = open_benchmark(args, run, tokenizer), None, measured_before(folder)
     if args.passages:
         check_topics(benchmark.topics, passages := load_passages(args.passages))

@@ -94,7 +94,7 @@ def train_in(out: Path, run: RunConfig, resume: bool) -> None:
 def prepare(run: RunConfig, checkpoint: Path | None, shards: Shards | None) -> tuple[Models, State, Benchmark | None]:
     """Everything that a run needs, as it is before its first step or where the checkpoint left it."""
     torch.manual_seed(run.seed)
-    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
+    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template, run.system)
     print(f"data: {(rows := load_instructions(run.data)).note}")
     prompts = tokenize_prompts(rows, tokenizer, run.prompt_template, run.query_length, "--query-length")
     origin, benchmark = {"data": texts_digest(prompts.ids, prompts.examples)}, None

@@ -76,7 +76,7 @@ def chat(folder: Path, step: int | None, temperature: float | None, max_tokens: 
     if not steps or step is not None and step not in steps:
         raise ValueError(f"--step {step or 'last'}: {folder} holds checkpoints {sorted(steps)}")
     device = resolve_devices(run.policy_device, run.reference_device)[0]
-    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
+    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template, run.system)
     pair = load_pair(run, require_whole(steps[step if step is not None else max(steps)]), tokenizer, device)
     settings = {"temperature": run.ppo.temperature if temperature is None else temperature,
                 "eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.pad_token_id}

@@ -68,7 +68,7 @@ def instructions_of(run: Run) -> list[dict] | None:
     config = run.config
     file = run.evaluations[-1].get("data") or config["evaluation"]
     try:
-        tokenizer = load_tokenizer(config["policy"]).for_template(config["prompt_template"])
+        tokenizer = load_tokenizer(config["policy"]).for_template(config["prompt_template"], config.get("system"))
         tasks = load_benchmark(file, tokenizer, config["prompt_template"], config["query_length"]).tasks
     except (ValueError, OSError, TypeError):
         return None

@@ -113,7 +113,7 @@ def chosen(folder: Path, asked: Sequence[str], run: RunConfig) -> dict[int, Path
 def open_run(run: RunConfig) -> tuple[Models, State]:
     """Models and state as they were before the first step."""
     torch.manual_seed(run.seed)
-    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template)
+    tokenizer = load_tokenizer(run.policy).for_template(run.prompt_template, run.system)
     prompts = tokenize_prompts(load_instructions(run.data), tokenizer, run.prompt_template, run.query_length, "--query-length")
     models = build_models(run, tokenizer)
     return models, State.at_start(run, models, prompts)

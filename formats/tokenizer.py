@@ -18,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Tokenizer:
     eos_token_id: int
     pad_token_id: int
     adds_bos: bool = True
-    render_chat: Callable[[str], str] | None = None
+    render_chat: Callable[..., str] | None = None  # (text, system=None)
     end_of_turn_id: int | None = None  # what ends a turn in the chat template, where that isn't EOS: see for_template
     other_stops: tuple[int, ...] = ()  # what ends a response, too, by the model's own files (Llama 3 names several)
     pieces: Callable[[list[int]], list[str]] | None = None
@@ -68,12 +69,17 @@ class Tokenizer:
         """Every token that ends a response: EOS, and what config.json and generation_config.json name beside it."""
         return tuple(dict.fromkeys((self.eos_token_id, *self.other_stops)))
 
-    def for_template(self, template: Any) -> "Tokenizer":
-        """This tokenizer with the EOS that ends a response to `template`; the tokenizer's own goes on ending one, too.
+    def for_template(self, template: Any, system: str | None = None) -> "Tokenizer":
+        """This tokenizer with the EOS that ends a response to `template`; the tokenizer's own goes on ending one, too. system: a
+        message that the chat template puts before every instruction.
 
         A chat model ends its turn with the template's token (Llama 3's <|eot_id|>). Where EOS is another one
         (<|end_of_text|>) it would never come: each response would run to the length limit and count as unfinished.
         """
+        if system:
+            if template != "chat" or self.render_chat is None:
+                raise ValueError(f"--system {system!r}: goes with --prompt-template chat and a tokenizer with a chat template")
+            return replace(self, render_chat=partial(self.render_chat, system=system)).for_template(template)
         chat = template == "chat" and self.end_of_turn_id is not None
         return replace(self, eos_token_id=self.end_of_turn_id, other_stops=self.stop_ids) if chat else self
 
@@ -120,6 +126,14 @@ class Tokenizer:
                 raise ValueError(f"{directory}: holds another tokenizer's {', '.join(others)}; give another directory")
             for name, file in files.items():
                 os.replace(file, directory / name)
+
+
+def template_in_words(tokenizer: Tokenizer, template: Any) -> list[str]:
+    """A line where prompts are rendered otherwise than the tokenizer's own chat template would."""
+    if tokenizer.render_chat is None or template == "chat":
+        return []
+    return [f"prompts: template {template if isinstance(template, str) else 'of a file'}, by --prompt-template or its default; "
+            "the tokenizer has a chat template of its own, which --prompt-template chat takes"]
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> str:
@@ -330,9 +344,10 @@ def _transformers_tokenizer(read: Callable[..., Any], path: Path, adds_bos: bool
         raise ValueError(f"{path}: pad_token {text!r} is a piece of ordinary text, and listed as special it would be cut out of "
                          "every answer: take it out of tokenizer.json's added_tokens, and name another pad_token or none")
 
-    def render_chat(text: str) -> str:
+    def render_chat(text: str, system: str | None = None) -> str:
+        turns = [{"role": "system", "content": system}] if system else []
         try:
-            return hf.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+            return hf.apply_chat_template([*turns, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program, and can fail in any way
             raise ValueError(f"{path}: the chat template fails ({_one_line(error)})") from None
 

@@ -60,6 +60,7 @@ class RunConfig:
     baseline: str | None = setting(None, "data and models", "", "run folder of the same start, seed and evaluation: its figures "
                                    "before the first step are taken over, not measured again")
     prompt_template: str = setting("alpaca", "data and models", "", "alpaca, tiny, chat (the tokenizer's own) or a JSON file")
+    system: str | None = setting(None, "data and models", "", "a message before every instruction, with --prompt-template chat")
     query_length: int = setting(192, "data and models", "tokens", "longer prompts are dropped", low=1)
     out: str | None = setting(None, "run", "", "run folder; None: runs/<estimator>-s<seed>")
     seed: int = setting(0, "run", "", "decides initialisation, sampling, dropout and the order of the data", low=0,
@@ -260,7 +261,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: is no configuration of a run ({error})") from None
     # What runs did before there were such fields.
     stored = {"lr_steps": stored.get("steps"), "reference_dtype": "same", "evaluation_length": None, "reward_eos": None,
-              "shard": None, "baseline": None, "log_to": None} | stored
+              "shard": None, "baseline": None, "log_to": None, "system": None} | stored
     for f in FIELDS:
         if f.name not in stored:
             raise ValueError(f"{file}: lacks {f.name}: written by another version of train.py")

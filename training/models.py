@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from formats.read import local_copy
-from formats.tokenizer import check_vocabulary, describe_tokenizer, window_warning
+from formats.tokenizer import check_vocabulary, describe_tokenizer, template_in_words, window_warning
 from lora import (add_lora, load_lora, lora_cast, lora_disabled, lora_layers, lora_snapshot, lora_state_dict, lora_weights,
                   merge_lora, unmerge_lora)
 from model import Llama, ValueModel
@@ -257,6 +257,7 @@ def load_policy(run: RunConfig, tokenizer: Any, notes: list[str], **how: Any) ->
     unused = check_vocabulary(tokenizer, rows, f"--policy {run.policy}")
     notes.append(f"{describe_tokenizer(tokenizer)}; {rows:,} embedding rows in the policy"
                  + (f", {unused} unused" if unused else ""))
+    notes += template_in_words(tokenizer, run.prompt_template)
     check_targets(policy, run.targets)
     return policy
 

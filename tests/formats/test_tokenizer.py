@@ -11,7 +11,7 @@ import torch
 from conftest import LINES, train_sentencepiece, write
 
 from data import encode_pair, format_prompt, get_template, right_pad
-from formats.tokenizer import Tokenizer, check_vocabulary, describe_tokenizer, load_tokenizer
+from formats.tokenizer import Tokenizer, check_vocabulary, describe_tokenizer, load_tokenizer, template_in_words
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +198,25 @@ def test_a_chat_response_ends_as_the_template_ends_a_turn(tmp_path, chat, eos, e
         assert encode_pair({"instruction": "Add."}, "ab", tokenizer, "chat")[1] == [261, last]
     assert tokenizer.for_template("alpaca") is tokenizer
     assert encode_pair({"instruction": "Add."}, "ab", tokenizer, "alpaca")[1] == [261, tokenizer.eos_token_id]
+
+
+def test_a_system_message_stands_before_every_instruction(tmp_path):
+    tokenizer = load_tokenizer(write_fast(tmp_path, CHATML))
+    brief = tokenizer.for_template("chat", "Be brief.")
+    plain, with_system = (format_prompt({"instruction": "Add."}, "chat", t) for t in (tokenizer.for_template("chat"), brief))
+    assert with_system.index("Be brief.") < with_system.index("Add.") and "Be brief." not in plain
+    assert brief.eos_token_id == tokenizer.for_template("chat").eos_token_id
+    assert encode_pair({"instruction": "Add."}, "ab", brief, "chat")[0] == brief.encode(with_system, bos=True)
+    for template, one in (("alpaca", tokenizer), ("chat", load_tokenizer(write_fast(tmp_path / "bare", None)))):
+        with pytest.raises(ValueError, match="--system 'Be brief.': goes with --prompt-template chat"):
+            one.for_template(template, "Be brief.")
+
+
+def test_a_chat_template_that_is_not_used_is_said(tmp_path):
+    tokenizer, bare = load_tokenizer(write_fast(tmp_path, CHATML)), load_tokenizer(write_fast(tmp_path / "bare", None))
+    [line] = template_in_words(tokenizer, "alpaca")
+    assert "template alpaca" in line and "--prompt-template chat takes" in line
+    assert template_in_words(tokenizer, "chat") == template_in_words(bare, "alpaca") == []
 
 
 def test_a_chat_template_that_fails_stops_only_those_who_use_it(tmp_path):
