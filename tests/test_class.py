@@ -16,6 +16,7 @@ from runs import records
 from safetensors.torch import load_file
 
 import ppo
+from evaluation import rollout_page
 
 CLASS = ROOT / "docs" / "class"
 PAGES = sorted(CLASS.glob("[0-9]*.md"))
@@ -70,6 +71,13 @@ def test_there_are_ten_exercises_each_with_its_answer():
         text = page.read_text(encoding="utf-8")
         assert all(f"## {part}" in text for part in ("Change", "Predict", "Answer")), page.name
         assert page.name in (CLASS / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["good", "hacked", "endless"])
+def test_the_three_pages_are_what_the_program_writes_today(name):
+    text = (CLASS / "pages" / f"{name}.html").read_text(encoding="utf-8")
+    content = json.loads(text.split('id="content">')[1].split("</script>")[0])
+    assert text == rollout_page.page(content["facts"], content["moments"])
 
 
 def test_gae_by_hand_is_ppo_pys():

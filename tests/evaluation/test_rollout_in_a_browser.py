@@ -185,3 +185,10 @@ def luminance(css: str) -> float:
     channels = [int(c) / 255 for c in re.findall(r"\d+", css)[:3]]
     r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def test_the_docs_pictures_are_taken_of_the_page(browser, file, tmp_path):
+    from bench.screenshots import take
+
+    take(browser, file, 1, "advantage", tmp_path / "rollout.png")
+    assert (tmp_path / "rollout.png").read_bytes()[16:24] == (1180).to_bytes(4, "big") + (640).to_bytes(4, "big")
