@@ -31,7 +31,6 @@ import ppo
 from data import left_pad, load_instructions, tokenize_prompts
 from divergences import get_estimator
 from evaluation.card import write_card
-from evaluation.figures import draw_curves
 from evaluation.measure import Benchmark, evaluate_now, load_benchmark, measure_true_kl
 from evaluation.tables import before_after
 from formats.tokenizer import load_tokenizer
@@ -244,7 +243,7 @@ def finish(out: Path, benchmark: Benchmark | None) -> None:
     evaluations = read_lines(out / "evaluations.jsonl")
     if evaluations:
         print("\n" + before_after(evaluations[0], evaluations[-1], benchmark.tasks))
-    picture = draw_curves(out)
+    picture = (out / "curves.png").is_file()  # drawn with the last checkpoint, whose card shows it
     print(f"\nwritten to {out}: {', '.join(sorted(p.name for p in out.iterdir() if not p.name.startswith('.')))}"
           + ("" if picture else "\ncurves.png needs matplotlib: pip install matplotlib"))
 
