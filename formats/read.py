@@ -24,6 +24,9 @@ from formats.meta import open_meta
 from formats.tensors import Stored, first_line, parse_json, read_tensor, stored_tensors
 
 
+ON_THE_HUB = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"  # org/name, org/name@revision
+
+
 def open_checkpoint(path: str | os.PathLike, build: Callable[[dict[str, Any]], Any]) -> tuple[Any, dict[str, Stored]]:
     """(build(fields of a config.json), every tensor under its Hugging Face name) of a model on disk, none of which is held.
 
@@ -52,6 +55,21 @@ def open_checkpoint(path: str | os.PathLike, build: Callable[[dict[str, Any]], A
                             "model.safetensors, a folder of Meta's with params.json, a .gguf file, or org/name on the hub")
 
 
+def open_config(path: str | os.PathLike, build: Callable[[dict[str, Any]], Any]) -> Any:
+    """build(fields of config.json) alone: of a folder that has no weights yet, or of a model on the hub before it is downloaded.
+    Where there is no config.json it is open_checkpoint's."""
+    folder = Path(path)
+    if not folder.exists() and re.fullmatch(ON_THE_HUB, str(path)):
+        from huggingface_hub import hf_hub_download
+
+        name, _, revision = str(path).partition("@")
+        with contextlib.suppress(Exception):  # its own kinds; open_checkpoint says what is wrong
+            folder = Path(hf_hub_download(name, "config.json", revision=revision or None)).parent
+    if (folder / "config.json").is_file():
+        return parse_json(folder / "config.json", build)
+    return open_checkpoint(path, build)[0]
+
+
 def refuse_unfinished(folder: Path) -> None:
     """ValueError for the folder of a training of sft.py or reward.py that has not come to its end: it holds no model yet."""
     if (folder / "training.json").is_file() and not (folder / "config.json").is_file():
@@ -75,7 +93,7 @@ def local_copy(path: str | os.PathLike) -> Path:
 
     Raises FileNotFoundError with one line where the hub can't be reached or has no such model.
     """
-    if Path(path).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", str(path)):
+    if Path(path).exists() or not re.fullmatch(ON_THE_HUB, str(path)):
         return Path(path)
     from huggingface_hub import HfApi, snapshot_download
 

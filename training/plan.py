@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from formats.read import local_copy, open_checkpoint
+from formats.read import local_copy, open_config
 from lora import load_lora
 from model import LlamaConfig, without_memory
 from reward import open_backbone
@@ -70,11 +70,14 @@ def plan_of(run: RunConfig, gpu_dtype: str | None = None) -> str:
 
 def shapes(run: RunConfig) -> tuple[LlamaConfig, LlamaConfig | None]:
     """Of the policy and of the reward model; None: a rule."""
-    policy, _ = open_checkpoint(run.policy, LlamaConfig.from_dict)
+    policy = open_config(run.policy, LlamaConfig.from_dict)
     if run.reward is None or is_rule(run.reward):
         return policy, None
     require_model_name(run.reward, "--reward")
-    return policy, open_backbone(local_copy(run.reward))[0].config
+    try:  # of its config.json, before a download
+        return policy, open_config(run.reward, lambda values: LlamaConfig.from_dict(values | {"tie_word_embeddings": True}))
+    except ValueError:  # AlpacaFarm's names no sizes, and what is wrong with others is said by who reads them
+        return policy, open_backbone(local_copy(run.reward))[0].config
 
 
 def knobs(run: RunConfig) -> dict[str, RunConfig]:

@@ -268,3 +268,29 @@ def test_a_step_on_paper_costs_what_a_hand_count_says():
     assert step - whole == pytest.approx(299 * 13.48e9 * 7 / 8, rel=1e-3)
     read = 4 * 2 * (13.48e9 + 12.95e9) + 2 * 4 * 2 * (13.48e9 + 12.95e9)  # 4 micro-batches; 2 epochs, forward and backward
     assert whole == pytest.approx((3 * 13.48e9 + read) * 7 / 8, rel=1e-3)  # to sample, and two passes for the true KL
+
+
+def test_a_plan_needs_no_weights_and_no_download(world, tmp_path, monkeypatch, capsys):
+    """config.json alone, in a folder or fetched from the hub, gives the table of the whole models."""
+    import shutil
+
+    import huggingface_hub
+
+    def table(policy, reward) -> str:
+        return plan.plan_of(build_config({"policy": str(policy), "reward": str(reward), "data": "x.json", "policy_device": "cpu",
+                                          "reference_device": "cpu"}))
+
+    for name in ("sft", "reward"):
+        (tmp_path / name).mkdir()
+        shutil.copy(world / name / "config.json", tmp_path / name)
+    whole = table(world / "sft", world / "reward")
+    assert table(tmp_path / "sft", tmp_path / "reward") == whole
+    asked = []
+
+    def download(name, file, revision=None):
+        asked.append((name, file, revision))
+        return str(tmp_path / name.partition("/")[2] / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert table("org/sft@v1", "org/reward") == whole
+    assert asked == [("org/sft", "config.json", "v1"), ("org/reward", "config.json", None)]
