@@ -2,6 +2,8 @@
 """Tables: of a run for the terminal, and the paper's Tables 1 and 2 of finished runs, with a third on the estimators of KL."""
 
 import html
+import shutil
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,8 +46,16 @@ def before_after(before: dict, after: dict, tasks: Sequence[dict], pairs: int = 
         lines += ["", f"{min(pairs, len(changed))} of the {len(changed)} answers that changed, of {len(tasks)} in all:"]
     for i in changed[::max(1, len(changed) // pairs)][:pairs]:
         asked = tasks[i]["instruction"] + (f" [{tasks[i]['input']}]" if tasks[i].get("input") else "")
-        lines += ["", f"  {asked}", f"    before: {before['responses'][i]}", f"    after:  {after['responses'][i]}"]
+        answers = [f"    before: {before['responses'][i]}", f"    after:  {after['responses'][i]}"]
+        lines += ["", *map(on_a_line, (f"  {asked}", *answers))]
     return "\n".join(lines)
+
+
+def on_a_line(text: str) -> str:
+    """Line breaks as ⏎, and on a terminal no more than fits into its width; a file gets all of it."""
+    text = text.replace("\n", " ⏎ ")
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else len(text)
+    return text if len(text) <= columns else text[:columns - 1] + "…"
 
 
 def changes_in_words(before: dict, after: dict) -> str:

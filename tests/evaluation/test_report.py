@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from evaluation import figures, report
+from evaluation import figures, report, tables
 from evaluation.figures import fit_in_words
 from evaluation.results import configurations, load_run
 from evaluation.statistics import Bend, bootstrap, bootstrap_crossed, paired_difference, win_rate
@@ -238,3 +238,11 @@ def test_the_words_under_figure_3_follow_the_fit():
     assert "beyond, it falls" in fit_in_words(Bend(0, 1, 0.4, -1, 0.9, 0.01))
     assert "beyond, it is flat" in fit_in_words(Bend(0, 1, 0.4, 0.05, 0.9, 0.01))
     assert "Too few points" in fit_in_words(None) and math.isclose(Bend(0, 1, 0.4, -1, 0.9, 0.01)(0.5), 0.3)
+
+
+def test_an_answer_stays_on_its_line_and_within_the_terminal(monkeypatch):
+    monkeypatch.setattr(tables.sys, "stdout", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setenv("COLUMNS", "20")
+    assert tables.on_a_line("    after: one\ntwo three") == "    after: one ⏎ tw…"
+    monkeypatch.setattr(tables.sys, "stdout", type("File", (), {"isatty": lambda self: False})())
+    assert tables.on_a_line("    after: one\ntwo three") == "    after: one ⏎ two three"
