@@ -267,7 +267,8 @@ def table_of_order(cells: Cells, beta: str) -> list[str]:
     corrected = holm({name: x.p() for name, x in found.items()})
     lines = head("penalty", "seeds", "share of the scores' deviation", "less none, mean over steps, points", "p, Holm's")
     for name, x in sorted(found.items(), key=lambda item: -item[1].mean):
-        lines.append(row(name, x.seeds, f"{share_of_reward(cells[name]):.3f}", x, f"{corrected[name]:.2f}"))
+        p = f"{corrected[name]:.2f}" if corrected[name] >= 0.005 else "< 0.01"
+        lines.append(row(name, x.seeds, f"{share_of_reward(cells[name]):.3f}", x, p))
     return lines
 
 
