@@ -126,17 +126,20 @@ def _as_outputs(where: str, record: dict, unread: Counter) -> dict:
     """A pair of chosen and rejected as output_1 and output_2, of which the first is better; others as they are."""
     if "chosen" not in record or "output_1" in record:
         return record
-    pair, prompt = [], {}
+    pair, prompts = [], []
     for name in ("chosen", "rejected"):
         answer = record.get(name)
         if not isinstance(answer, str):
             *before, last = _conversation(where, answer)
             if last["role"] != "assistant":
                 raise ValueError(f"{where}: field '{name}' ends with a turn of {last['role']!r}, not of the assistant")
-            answer, prompt = last["content"], {"prompt": before} if before else {}
+            answer, prompts = last["content"], [*prompts, before]
         pair.append(answer)
+    if len(prompts) == 2 and prompts[0] != prompts[1]:
+        raise ValueError(f"{where}: 'chosen' and 'rejected' answer different prompts")
     if "margin" in record or "score_chosen" in record:
         unread["margins"] += 1
+    prompt = {"prompt": prompts[0]} if any(prompts) else {}
     return {**prompt, "output_1": pair[0], "output_2": pair[1], "preference": int(pair[0] != pair[1]), **record}
 
 

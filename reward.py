@@ -299,9 +299,12 @@ def _with_head(model: RewardModel, directory: Path, weight: Tensor, about: dict[
         if type(value) not in (int, float) or not max(low, -1e30) < value < 1e30:
             raise ValueError(f"{directory}/reward_config.json: {name} is {value!r}: must be a number"
                              + (" above 0" if name == "std" else ""))
+    found = about.get("calibrated")
+    if found is not None and not (isinstance(found, dict) and {"policy", "n", "mean_se", "std_se"} <= found.keys()):
+        raise ValueError(f"{directory}/reward_config.json: calibrated is not what python reward.py calibrate writes")
     with torch.no_grad():
         model.score.weight.copy_(weight)
-        model.stored_scale = float(about["mean"]), float(about["std"]), about.get("calibrated")
+        model.stored_scale = float(about["mean"]), float(about["std"]), found
         model.mean.fill_(float(about["mean"]))
         model.std.fill_(float(about["std"]))
     return model

@@ -216,6 +216,7 @@ def test_ties_are_left_out_and_said(tmp_path):
     ({"messages": [{"role": "user"}]}, "a conversation must be"),
     ({"prompt": "a", "chosen": [TURN], "rejected": "b"}, "field 'chosen' ends with a turn of 'user', not of the assistant"),
     ({"chosen": "a", "rejected": "b"}, "field 'instruction' is missing"),
+    ({"chosen": [TURN, ANSWER], "rejected": [TURN | {"content": "Other."}, ANSWER]}, "answer different prompts"),
     ({"prompt": "a", "chosen": "b"}, "a conversation must be")])
 def test_what_is_neither_is_one_line(tmp_path, record, says):
     load = load_preferences if "chosen" in record else load_instructions

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data import get_template, left_pad, load_instructions, tokenize_prompts
+from data import get_template, left_pad, load_instructions, template_to_store, tokenize_prompts
 from formats.tokenizer import load_tokenizer
 from formats.write import write_json
 from model import Llama, generate
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     scores = score_all(reader.model.requires_grad_(False), sequences, reader.tokenizer.pad_token_id, args.batch_size)
     found = spread(scores.double().tolist())
     about = {"mean": found["mean"], "std": found["std"], "eos": reader.model.ends_with_eos if reader.end_is_known else None,
-             "prompt_template": reader.model.prompt_template or args.prompt_template,
+             "prompt_template": reader.model.prompt_template or template_to_store(args.prompt_template),
              "calibrated": {"policy": str(args.policy), "data": str(args.data), "temperature": args.temperature, "n": len(scores),
                             "mean_se": found["mean_se"], "std_se": found["std_se"], "date": date.today().isoformat()}}
     file = folder / "reward_config.json"

@@ -108,7 +108,6 @@ def test_every_estimator_is_credited_as_if_the_run_had_it(world, run, moment, tm
     start(settings(world, tmp_path / "kl", evaluation=None, estimator="kl", beta=0.3, steps=1))
     there = taken(tmp_path / "kl", 0)
     assert here["by"].keys() == ESTIMATORS.keys() and here["by"] == there["by"]
-    assert here["tokens"][0]["ratio"] == pytest.approx(there["tokens"][0]["ratio"], abs=0.2)
     different = moment["by"]
     assert different["kl"]["advantage"] != different["bregman"]["advantage"]
 

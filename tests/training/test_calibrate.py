@@ -63,6 +63,20 @@ def test_other_batches_measure_the_same_answers(world, found, monkeypatch, capsy
     assert (again["mean"], again["std"], again["eos"]) == (pytest.approx(first["mean"]), pytest.approx(first["std"]), True)
 
 
+def test_a_template_of_a_file_is_stored_by_what_it_holds(world, found, tmp_path, monkeypatch, capsys):
+    texts = {"prompt_inputs": "{instruction} {input}", "prompt_noinputs": "{instruction}"}
+    (tmp_path / "template.json").write_text(json.dumps(texts))
+    code, _, err = told(monkeypatch, capsys, *flags(world, found, "--prompt-template", tmp_path / "template.json"))
+    assert code == 0, err
+    assert json.loads((found / "reward_config.json").read_text())["prompt_template"] == texts | {"before_response": ""}
+
+
+def test_a_calibration_that_nobody_measured_is_one_line(found):
+    (found / "reward_config.json").write_text(json.dumps({"mean": 0.0, "std": 1.0, "calibrated": {"n": 3}}))
+    with pytest.raises(ValueError, match="reward_config.json: calibrated is not what"):
+        RewardModel.from_pretrained(found)
+
+
 def test_mean_deviation_and_their_errors_by_hand():
     """−1, 1, −1, 1: variance 4/3, fourth moment 1 below its square, so that the deviation has no error to speak of."""
     assert spread([-1.0, 1.0, -1.0, 1.0]) == {"mean": 0.0, "std": pytest.approx(math.sqrt(4 / 3)),
