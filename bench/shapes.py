@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import LlamaConfig  # noqa: E402
 
 SHAPES = {
+    "toy": partial(LlamaConfig, vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
     "smollm2-135m": partial(LlamaConfig, vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                             num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
                             rope_theta=100000.0, tie_word_embeddings=True, pad_token_id=2, initializer_range=1 / 24),

@@ -30,6 +30,7 @@ from evaluation.statistics import mean_and_error, ratio_and_error, win_rate
 from ppo import Actors, join, longest_row, pack, response_logits
 from reward import shared
 from training.config import RunConfig
+from training.decode import rows_at_once
 from training.folder import read_lines
 from training.models import Models
 from training.origin import texts_digest
@@ -192,29 +193,20 @@ def answer(policy: Any, tokenizer: Any, benchmark: Benchmark, *, max_new_tokens:
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
-CACHE_BYTES = 4 * 2**30
-
-
-def cache_bytes(policy, length: int) -> int:
-    """Keys and values of one row of `length` tokens."""
-    config, size = policy.config, policy.lm_head.weight.element_size()
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * size
-
-
 def sample_responses(policy: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
                      temperature: float, seed: int = 0, batch_size: int | None = None, desc: str = "sampling"
                      ) -> list[list[int]]:
     """One response to each prompt: token ids through EOS, if there is one. Reproducible from the seed, and the same where several
     processes share the prompts.
 
-    batch_size None: 256 at once, or as many as have room for their keys and values in CACHE_BYTES.
+    batch_size None: as many at once as have room (decode.rows_at_once); draws come in blocks of 256 then, whatever that is.
     """
     stops, pad_token_id = tokenizer.stop_ids, tokenizer.pad_token_id
     device = next(policy.parameters()).device
+    draws = drawn_in_blocks(max_new_tokens, len(prompts), batch_size or 256, torch.Generator(device).manual_seed(seed))
     if batch_size is None:
-        a_row = cache_bytes(policy, max(map(len, prompts), default=0) + max_new_tokens)
-        batch_size = min(256, max(1, CACHE_BYTES // a_row))
-    generator = torch.Generator(device).manual_seed(seed)
+        length = max(map(len, prompts), default=0) + max_new_tokens
+        batch_size = min(here().gather(lambda: rows_at_once(policy, length)))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     team, bar = here(), tqdm(total=len(prompts), desc=desc, unit="response", leave=False)
 
@@ -222,8 +214,7 @@ def sample_responses(policy: Any, tokenizer: Any, prompts: Sequence[Sequence[int
         found: dict[int, list[int]] = {}
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
-            uniforms = torch.rand(max_new_tokens, len(rows), generator=generator, device=device)
-            mine = team.rows(len(rows))
+            uniforms, mine = draws[:, start:start + batch_size], team.rows(len(rows))
             if rows[mine]:
                 ids, mask = left_pad([prompts[i] for i in rows[mine]], pad_token_id)
                 sampled = sample(policy, ids.to(device), mask.to(device), max_new_tokens, temperature=temperature,
@@ -239,6 +230,13 @@ def sample_responses(policy: Any, tokenizer: Any, prompts: Sequence[Sequence[int
     with bar:
         responses = {i: response for part in team.gather(sample_mine) for i, response in part.items()}
     return [responses[i] for i in range(len(prompts))]
+
+
+def drawn_in_blocks(tokens: int, rows: int, block: int, generator: torch.Generator) -> Tensor:
+    """What decides each row's answer, (tokens, rows) in [0, 1): block by block, as the miniature world was made."""
+    blocks = [torch.rand(tokens, min(block, rows - start), generator=generator, device=generator.device)
+              for start in range(0, rows, block)]
+    return torch.cat(blocks or [torch.empty(tokens, 0, device=generator.device)], dim=1)
 
 
 # -------------------------------------------------------------------------------------------- true KL and its estimates

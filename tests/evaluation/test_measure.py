@@ -47,6 +47,17 @@ def test_answers_are_what_one_generator_draws_batch_by_batch():
     assert sample_responses(policy, tokenizer, PROMPTS, max_new_tokens=6, temperature=0.7, seed=5, batch_size=3) == expected
 
 
+@pytest.mark.parametrize("room", [1, 2, 9])
+def test_answers_dont_depend_on_how_many_have_room_at_once(monkeypatch, room):
+    def answers() -> list[list[int]]:
+        tokenizer = SimpleNamespace(stop_ids=(EOS,), pad_token_id=PAD)
+        return sample_responses(tiny_llama(0), tokenizer, PROMPTS, max_new_tokens=6, temperature=0.7, seed=5)
+
+    expected = answers()
+    monkeypatch.setattr("evaluation.measure.rows_at_once", lambda policy, length: room)
+    assert answers() == expected
+
+
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
