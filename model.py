@@ -438,7 +438,7 @@ class Llama(nn.Module):
         x = self.hidden(input_ids, attention_mask)
         if logits_to_keep:
             # A copy, since of a view torch makes a batch of matrix products, ten times slower on a CPU.
-            x = torch.narrow_copy(x, 1, x.shape[1] - logits_to_keep, logits_to_keep)
+            x = x.narrow(1, x.shape[1] - logits_to_keep, logits_to_keep).contiguous()
         return self.lm_head(x)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
