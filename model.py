@@ -366,8 +366,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
             q, k, v, bias = q.float(), k.float(), v.float(), bias if bias is None else bias.float()
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=group > 1)
         return out.to(dtype)
-    # A GPU's fast kernels take either a mask or shared heads, not both.
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if group > 1:  # a GPU's fast kernels take either a mask or shared heads, not both
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
 
 
@@ -438,7 +438,7 @@ class Llama(nn.Module):
         x = self.hidden(input_ids, attention_mask)
         if logits_to_keep:
             # A copy, since of a view torch makes a batch of matrix products, ten times slower on a CPU.
-            x = x.narrow(1, x.shape[1] - logits_to_keep, logits_to_keep).contiguous()
+            x = x.narrow(1, x.shape[1] - logits_to_keep, logits_to_keep).clone()
         return self.lm_head(x)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:

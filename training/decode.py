@@ -212,7 +212,7 @@ def halves(layer: nn.Module) -> tuple[Tensor, Tensor]:
 def turn(x: Tensor, rope: Sequence[Tensor]) -> Tensor:
     """model.rotate of x (N, heads, Dh), in fewer operations."""
     cos, sin = rope
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin, out=torch.empty_like(x))
 
 
 def rows_at_once(model: Llama, length: int) -> int:

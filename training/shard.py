@@ -113,10 +113,10 @@ def is_cut(model: nn.Module) -> bool:
 
 def sample(model: Llama, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **how: Any
            ) -> Tensor | tuple[Tensor, Tensor]:
-    """decode.sample; of a model that is cut, model.generate in step: every token takes all processes, until the last row of them
-    all ends."""
+    """model.generate, on a GPU its fast twin; of a model that is cut, in step: every token takes all processes, until the last
+    row of them all ends."""
     limit = model.config.longest
-    if not is_cut(model) and (limit is None or input_ids.shape[1] + max_new_tokens <= limit):
+    if decode.replays(input_ids.device) and not is_cut(model) and (limit is None or input_ids.shape[1] + max_new_tokens <= limit):
         return decode.sample(model, input_ids, attention_mask, decode.Choice(**how))
     in_step = InStep(model, max_new_tokens)
     answers = generate(model, input_ids, attention_mask, max_new_tokens, progress=in_step, **how)
