@@ -53,7 +53,7 @@ class PPOConfig:
     rollout_batch_size: int = setting(256, "responses", "sampled per PPO step", low=1)
     step_batch_size: int = setting(128, "responses", "per optimiser step; the released code in effect uses 16", low=1)
     micro_batch_size: int = setting(8, "responses", "per forward pass, with backward or without; changes memory only", low=1)
-    rollout_micro_batch_size: int = setting(32, "responses", "generated at once; changes memory only", low=1)
+    rollout_micro_batch_size: int = setting(32, "responses", "generated at once; changes memory only; 0: as many as fit", low=0)
     ppo_epochs: int = setting(2, "epochs", "passes over each rollout", low=1)
     response_length: int = setting(300, "tokens", "longest response that is sampled", low=1)
     temperature: float = setting(1.0, "", "divides the logits in sampling and in every log-probability alike", above=0)
@@ -237,7 +237,7 @@ def sample_and_score(actors: Actors, prompts: Tensor, prompt_mask: Tensor, confi
         return score_frozen(actors, text, sequence, attention, config.temperature)
 
     sampled, chunks, frozen = [], [], []
-    for rows in torch.arange(len(prompts), device=prompts.device).split(config.rollout_micro_batch_size):
+    for rows in torch.arange(len(prompts), device=prompts.device).split(config.rollout_micro_batch_size or len(prompts)):
         start = first_column(prompt_mask[rows])
         sampled.append(sample(actors, prompts[rows, start:], prompt_mask[rows, start:]))
         chunks.append((prompts[rows], prompt_mask[rows], sampled[-1]["responses"], sampled[-1]["mask"]))
@@ -548,7 +548,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         rows, tokens = logits.flatten(0, 1), tokens.flatten().unsqueeze(1)
-        chunk = max(1, (2**19 if logits.device.type == "cpu" else 2**27) // rows.shape[1])
+        chunk = max(1, (2**19 if logits.device.type == "cpu" else 2**24) // rows.shape[1])
         parts = []
         for x, token in zip(rows.split(chunk), tokens.split(chunk), strict=True):
             x = x.float() / temperature

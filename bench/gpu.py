@@ -16,6 +16,7 @@ Parts run in this order, each a process of its own that is ended when its time i
 """
 
 import argparse
+import datetime
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "bench"))
 
+from gpu_report import in_words  # noqa: E402
 from ppo_step import PHASES, floors, machine, random_model, random_models  # noqa: E402
 
 LIMITS = {"tests": 100, "step": 150, "sampling": 170, "profile": 60, "small": 60, "miniature": 150}  # seconds
@@ -47,7 +49,7 @@ Found = Iterator[tuple[str, dict]]  # (name of a figure, its values), as they co
 
 def tests(args: SimpleNamespace) -> Found:
     """pytest -m gpu, in a process that this one waits for."""
-    only = ["-k", "logits or answers"] if args.rehearse else []
+    only = ["-k", "logits"] if args.rehearse else []
     words = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py", *only]
     run = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     lines = (run.stdout + run.stderr).strip().splitlines()
@@ -310,17 +312,18 @@ def peak(device: str) -> float:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Each part in turn as long as there is time; the file is written anew after each figure."""
+    """Each part in turn as long as there is time; the file is written anew after each figure. Parts that aren't run keep what the
+    file holds of them."""
     end = time.monotonic() + 60 * args.minutes
-    found = {"machine": about(args), "parts": {}}
+    found, machine = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}, about(args)
     for name in args.parts:
         limit = min(LIMITS[name], end - time.monotonic())
         if limit < STARTING:
-            found["parts"][name] = {"ended": "no time was left"}
+            print(f"{name}: no time is left", flush=True)
             continue
         print(f"{name}: up to {limit:.0f} s", flush=True)
         begun = time.monotonic()
-        found["parts"][name] = part = {}
+        found[name] = part = {"machine": machine}
         for line in lines_of(args, name, limit):
             if line.startswith(MARK):
                 part |= json.loads(line.removeprefix(MARK))
@@ -357,11 +360,12 @@ def about(args: argparse.Namespace) -> dict:
     import torch
     import transformers
 
-    found = {"device": args.device, "machine": machine(), "transformers": transformers.__version__, "rehearsal": args.rehearse,
-             "commit": args.commit}
+    where, commit = machine().split("; commit ")
+    found = {"device": args.device, "machine": where, "commit": args.commit or commit.split(",")[0],
+             "date": datetime.date.today().isoformat(), "transformers": transformers.__version__, "rehearsal": args.rehearse}
     if args.device.startswith("cuda"):
-        found["driver"] = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
-                                         capture_output=True, text=True).stdout.strip()
+        query = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
         found["cuda"] = torch.version.cuda
     return found
 
@@ -371,6 +375,7 @@ def write(found: dict, file: Path) -> None:
     part = file.with_suffix(".part")
     part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     part.replace(file)
+    file.with_suffix(".md").write_text(in_words(found), encoding="utf-8")
 
 
 def main() -> None:
@@ -381,6 +386,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="at toy sizes, on a CPU")
     parser.add_argument("--commit", default="", help="where this checkout has no .git")
     parser.add_argument("--out", type=Path, default=None, help="default: bench/results/gpu.json; of a rehearsal: runs/gpu.json")
+    parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.device = args.device or ("cpu" if args.rehearse else "cuda:0")
@@ -389,6 +395,9 @@ def main() -> None:
     if args.part:
         for name, values in PARTS[args.part](args):
             print(MARK + json.dumps({name: values}), flush=True)
+        return
+    if args.report:
+        write(json.loads(args.out.read_text(encoding="utf-8")), args.out)
         return
     run_all(args)
 

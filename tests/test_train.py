@@ -431,6 +431,14 @@ def test_micro_batches_change_memory_not_the_result(world, finished, tmp_path):
         torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
 
 
+def test_as_many_are_sampled_at_once_as_fit_and_the_run_stays_the_same(world, finished, tmp_path):
+    start(settings(world, tmp_path / "run", rollout_micro_batch_size=0))
+    stored = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert stored["rollout_micro_batch_size"] == 256
+    mine, its = (records(folder / "samples.jsonl") for folder in (tmp_path / "run", finished))
+    assert [line["response"] for line in mine] == [line["response"] for line in its]
+
+
 def test_the_self_check_stops_a_run_whose_reference_is_not_its_policy(world, tmp_path, monkeypatch):
     def crooked(*a):
         models = build_models(*a)

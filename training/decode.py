@@ -76,7 +76,7 @@ class Rows:
         self.draws = choice.generator.to(device).t().contiguous()   # (N, T)
         self.finished = torch.zeros(B, dtype=torch.bool, device=device)
         self.token = torch.zeros(B, dtype=torch.long, device=device)  # drawn last
-        S = -(-(P + T) // COLUMNS) * COLUMNS
+        S = -(-(P + T) // 8) * 8  # attention's fast kernels want rows of the mask to begin at multiples of 16 bytes
         self.cache = KVCache(model.config, B, S, dtype, device)
         if self.gpu:  # which looks at whole blocks of columns: what stands in those to come must be numbers
             self.cache.store.zero_()
@@ -94,7 +94,7 @@ class Rows:
         if not self.gpu:
             self.step(self.cache.length)
             return
-        width = -(-self.cache.length // COLUMNS) * COLUMNS
+        width = min(-(-self.cache.length // COLUMNS) * COLUMNS, self.bias.shape[-1])
         if self.recorded == (len(self.token), width):
             self.graph.replay()
             return
@@ -221,11 +221,22 @@ def rows_at_once(model: Llama, length: int) -> int:
     config, weight = model.config, model.lm_head.weight
     a_row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * weight.element_size()
     a_row += 6 * 4 * config.vocab_size  # logits, probabilities, their sums, in float32
-    if not weight.is_cuda:
-        return max(1, min(256, 4 * 2**30 // a_row))
-    free = torch.cuda.mem_get_info(weight.device)[0] + torch.cuda.memory_reserved(weight.device) \
-        - torch.cuda.memory_allocated(weight.device)
-    return max(1, min(1024, free // 2 // a_row))
+    most, room = (1024, free_bytes(weight.device) // 2) if weight.is_cuda else (256, 4 * 2**30)
+    return max(1, min(most, room // a_row))
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a GPU has for new tensors: unused, or kept by torch for them."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def has_room(model: Llama, rows: int, length: int) -> bool:
+    """Whether the copies of q, k and v fit beside keys and values of so many rows of so many tokens, with a tenth to spare."""
+    config, size = model.config, model.lm_head.weight.element_size()
+    keys = 2 * config.num_key_value_heads * config.head_dim
+    copies = (config.num_attention_heads * config.head_dim + keys) * config.hidden_size
+    return 1.1 * size * config.num_hidden_layers * (copies + keys * rows * length) < free_bytes(model.lm_head.weight.device)
 
 
 def replays(device: torch.device) -> bool:

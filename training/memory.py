@@ -9,6 +9,8 @@ frozen weights, adapters, optimiser, and the larger of what sampling needs (a se
 values, logits) and what an update needs (activations kept for the backward pass, logits and their gradient). Bytes of a token
 and layer are counted in `activations`, where the code that keeps them is named.
 
+On a GPU that has room for it, sampling takes copies of q, k and v beside this (training/decode.py), 3 GiB for LLaMA-7B.
+
 On a CPU two more items are measured, not counted: the program itself, and what the C library's allocator holds in the gaps
 between its blocks (bench/README.md tells how well the sum foresees the peak). On a GPU the figure is that of torch's own
 count of allocated memory; CUDA's context and the caching allocator's reserve come on top.
@@ -56,7 +58,7 @@ def plan(run: RunConfig, policy: Any, critic: Any, share: int = 1, whole: bool =
         roots = {"roots of the models, whole": size * sum(map(root, frozen_models))}
         units = {"two units of weights, whole": 2 * size * max(map(largest_unit, frozen_models))}
 
-    rows = min(config.rollout_micro_batch_size, -(-config.rollout_batch_size // ranks))
+    rows = min(config.rollout_micro_batch_size or 1, -(-config.rollout_batch_size // ranks))
     sampling = sampled(run, policy, size, rows, fold=not full and size == 4 and (share == 1 or whole))
     if share > 1:
         sampling |= {"policy, put together": size * (parameters(policy) - root(policy))} if whole else units
@@ -113,7 +115,8 @@ def updated(run: RunConfig, policy: Any, critic: Any, size: int) -> dict[str, fl
         recomputed = size * model.hidden_size * layers + layer  # every layer's input, and one layer's activations
         amount = (recomputed if run.gradient_checkpointing else layers * layer) + passing
         largest = max(largest, micro * (run.query_length + T) * amount)
-    return {"activations": largest, "logits and gradient": 2 * size * micro * T * policy.vocab_size}
+    at_once = 0 if run.policy_device.startswith("cpu") else 4 * 4 * min(2**24, micro * T * policy.vocab_size)  # ppo.TokenLogprobs
+    return {"activations": largest, "logits and gradient": 2 * size * micro * T * policy.vocab_size + at_once}
 
 
 def parameters(model) -> int:

@@ -28,6 +28,7 @@ from model import Llama, ValueModel
 from ppo import Actors, PPOConfig
 from reward import RewardModel
 from training.config import RunConfig
+from training.decode import rows_at_once
 from training.devices import resolve_devices
 from training.origin import file_digest, frozen_weights, weights_digest
 from training.ranks import agreed, here
@@ -234,6 +235,9 @@ def build_models(run: RunConfig, tokenizer: Any, shards: Shards | None = None) -
     models = Models(policy, value, reference, rewards, asked, tokenizer, policy_device, reference_device, shared,
                     shared and its_ids, start, notes, shards)
     models.mode(training=False)
+    if not run.ppo.rollout_micro_batch_size:  # equally many in every process
+        length = run.query_length + run.ppo.response_length
+        run.ppo.rollout_micro_batch_size = min(here().gather(lambda: rows_at_once(policy, length)))
     return models
 
 

@@ -115,8 +115,9 @@ def sample(model: Llama, input_ids: Tensor, attention_mask: Tensor, max_new_toke
            ) -> Tensor | tuple[Tensor, Tensor]:
     """model.generate, on a GPU its fast twin; of a model that is cut, in step: every token takes all processes, until the last
     row of them all ends."""
-    limit = model.config.longest
-    if decode.replays(input_ids.device) and not is_cut(model) and (limit is None or input_ids.shape[1] + max_new_tokens <= limit):
+    rows, length, limit = len(input_ids), input_ids.shape[1] + max_new_tokens, model.config.longest
+    if decode.replays(input_ids.device) and not is_cut(model) and (limit is None or length <= limit) \
+            and decode.has_room(model, rows, length):
         return decode.sample(model, input_ids, attention_mask, decode.Choice(**how))
     in_step = InStep(model, max_new_tokens)
     answers = generate(model, input_ids, attention_mask, max_new_tokens, progress=in_step, **how)

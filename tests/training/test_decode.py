@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SIZES
+from conftest import ROOT, SIZES
 
 from lora import add_lora, lora_disabled, lora_layers
 from model import Llama, LlamaConfig, generate
@@ -132,7 +132,17 @@ def test_as_a_gpu_looks_now_and_then_nothing_changes(monkeypatch, every):
     (responses, logprobs), (ours, its) = both(llama())
     assert torch.equal(ours, responses)
     torch.testing.assert_close(its, logprobs, atol=1e-5, rtol=0)
-    assert 2 < len(recorded) < 9  # a graph for each block, and for each time that rows left
+    assert 2 < len(recorded) < 10  # a graph for each block, and for each time that rows left
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_starts_at_most_twenty_operations_of_a_token(dtype, monkeypatch):
+    """Each takes a GPU some 10 µs to be told of, and a layer of 7B a tenth of a millisecond to compute."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from launches import count, fast, plain
+
+    assert count(fast, dtype)[1] <= 20 < count(plain, dtype)[1] + 1
+    assert count(fast, dtype)[1] < 0.7 * count(plain, dtype)[1]
 
 
 def test_a_step_is_one_graph_without_a_break(monkeypatch):
@@ -145,6 +155,6 @@ def test_a_step_is_one_graph_without_a_break(monkeypatch):
         eager, compiled = (decode.Rows(model.eval(), ids, mask, choice) for _ in range(2))
         step = torch.compile(compiled.step, backend="aot_eager", fullgraph=True, dynamic=False)
         for _ in range(5):
-            eager.step(64)
-            step(64)
+            eager.step(16)
+            step(16)
     assert torch.equal(eager.responses, compiled.responses) and int(compiled.t) == 6

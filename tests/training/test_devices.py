@@ -6,6 +6,7 @@ Fake tensors have a device and a shape but no numbers, so a tensor on the wrong 
 import pytest
 import torch
 from conftest import SIZES, place
+from runs import configured
 from torch._subclasses.fake_tensor import FakeTensor
 
 import ppo
@@ -136,3 +137,53 @@ def test_train_py_itself_places_the_models_so(world, tmp_path, two_gpus, monkeyp
     assert devices([*models.rewards.model.parameters(), *models.rewards.model.buffers()]) == {"cuda:1"}
     scored, _ = read_by_all(models.actors(run.ppo))
     assert devices(scored.values()) == {"cuda:0"}
+
+
+class Pending(torch.Tensor):
+    """A number that another GPU still works on: whatever is computed from it is pending too, and to read it back is to wait."""
+
+    trace: list[str] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("item", "tolist", "nonzero", "numpy", "equal", "__bool__", "__int__", "__float__", "__index__"):
+            cls.trace.append(f"waits: {name}")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_the_second_device_scores_while_the_first_samples_and_nothing_waits_for_it(world, tmp_path, monkeypatch):
+    """In order, which is all that a machine without two GPUs can tell: a GPU is told what to do and the program goes on, unless
+    it reads a number back. What the second has to read follows each chunk at once, and the next chunk comes without a wait."""
+    from data import left_pad, load_instructions, tokenize_prompts
+    from formats.tokenizer import load_tokenizer
+    from training.models import build_models
+
+    run = configured(world, tmp_path / "run", reference_device="cpu:0", response_length=4)
+    tokenizer = load_tokenizer(world / "sft")
+    prompts = tokenize_prompts(load_instructions(run.data), tokenizer, run.prompt_template, run.query_length, "--query-length")
+    models = build_models(run, tokenizer)
+    actors, trace = models.actors(run.ppo), []
+    models.asked.now(prompts.ids[:8], prompts.examples[:8])
+    monkeypatch.setattr(Pending, "trace", trace)
+
+    def on_the_first(*batch, generate=actors.generate):
+        trace.append("samples")
+        return generate(*batch)
+
+    def on_the_second(what, call):
+        def told(ids, mask, n):
+            trace.append(what)
+            return call(ids.as_subclass(Pending), mask.as_subclass(Pending), n)
+
+        return told
+
+    actors.generate = on_the_first
+    actors.reference, actors.reward = on_the_second("reference", actors.reference), on_the_second("reward", actors.reward)
+    with torch.no_grad():
+        scored = ppo.sample_and_score(actors, *left_pad(prompts.ids[:8], tokenizer.pad_token_id), run.ppo, lambda phase, n: None)
+    a_chunk = ["samples", "reference", "reward", "reference", "reward"]  # of four, read two at a time
+    assert trace == a_chunk + a_chunk
+    assert isinstance(scored["ref_logprobs"], Pending) and isinstance(scored["scores"], Pending)  # to the end
+    scored["scores"].tolist()
+    assert trace[-1] == "waits: tolist"  # it would have been seen
