@@ -62,8 +62,6 @@ def profile_table(found: dict) -> list[str]:
 
 def miniature_table(found: dict) -> list[str]:
     x = found["miniature"]
-    if "failed" in x:
-        return x["failed"][-3:]
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in x["phases"].items())
     lines = [f"`python train.py --estimator bregman`: {x['seconds']:.0f} s for {x['steps']} steps and two evaluations; {phases}.",
              *x["self_check"], "", "| | before | after |", "| --- | --- | --- |"]

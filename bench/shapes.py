@@ -11,7 +11,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import LlamaConfig  # noqa: E402
 
+
+
+def miniature(width: int) -> LlamaConfig:
+    """The miniature world's model, or one as deep of another width."""
+    return LlamaConfig(vocab_size=2560, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=4,
+                       num_attention_heads=width // 32, max_position_embeddings=4096, rms_norm_eps=1e-5,
+                       tie_word_embeddings=True, pad_token_id=0, initializer_range=0.05)
+
+
 SHAPES = {
+    "miniature": partial(miniature, 128),
+    "miniature-64": partial(miniature, 64),
+    "miniature-256": partial(miniature, 256),
+    "miniature-512": partial(miniature, 512),
     "toy": partial(LlamaConfig, vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
     "smollm2-135m": partial(LlamaConfig, vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                             num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
