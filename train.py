@@ -45,7 +45,7 @@ from training.interrupts import Interrupts, Stopped, exit_code
 from training.models import Models, build_models, choose_dtype
 from training.origin import about, check_origin, texts_digest
 from training.plan import Shards, plan_of, require_sharable, shards_of
-from training.progress import LEGEND, StepProgress, describe_run, save_samples, step_line
+from training.progress import LEGEND, StepProgress, describe_run, save_samples, step_line, terminal_columns
 from training.rewards import is_rule
 from training.watch import Watch
 
@@ -126,9 +126,7 @@ def explain(error: Exception, out: Path, step: int, sampled: list[tuple[torch.Te
 
 def place(run: RunConfig) -> str:
     """Puts the models where they were asked for or else pinned, or where there is a device; returns a line that says so.
-
-    config.json then holds what the run had: resumed elsewhere, "auto" could mean another dtype.
-    """
+    config.json then holds what the run had: resumed elsewhere, "auto" could mean another dtype."""
     asked = run.policy_device or POLICY_DEVICE, run.reference_device or REFERENCE_DEVICE
     run.policy_device, run.reference_device, line = resolve_devices(*asked)
     run.dtype = str(choose_dtype(run, run.policy_device)).removeprefix("torch.")
@@ -136,27 +134,28 @@ def place(run: RunConfig) -> str:
 
 
 def loop(run: RunConfig, models: Models, state: State, benchmark: Benchmark | None, interrupts: Interrupts) -> Signals | None:
-    """Steps until the last one or a signal, which is returned, with a checkpoint every save_every and evaluations before, after
-    and every eval_every."""
+    """Steps until the last one or a signal, which is returned; checkpoints every save_every, evaluations every eval_every."""
     out = Path(run.out)
     keep, watch = record.Record(run, state.step), Watch(ranks.first(read_lines, out / "metrics.jsonl"))
 
-    def evaluate(label: str) -> None:
-        ranks.first(keep, "evaluations", {"step": state.step} | evaluate_now(models, run, benchmark, label))
+    def evaluate(label: str, step: int) -> None:
+        ranks.first(keep, "evaluations", {"step": step} | evaluate_now(models, run, benchmark, label))
 
     with tqdm(total=run.steps, initial=state.step, desc="PPO", unit="step", position=0) as bar:
-        if benchmark and state.step == 0:
-            evaluate("before")
+        if benchmark and state.step == 0 and not models.shared:
+            evaluate("before", 0)
         tqdm.write(LEGEND)
         stop = interrupts.agreed()
         while state.step < run.steps and not stop:
             metrics, rollout, rows = step_or_save(out, models, state, run)
             ranks.first(keep, "metrics", metrics)
-            tqdm.write("\n".join([step_line(metrics), *watch(metrics)]))
+            tqdm.write("\n".join([step_line(metrics, terminal_columns()), *watch(metrics)]))
             bar.update()
             ranks.first(save_samples, out / "samples.jsonl", state, rollout, rows[:4], models.tokenizer)
+            if benchmark and state.step == 1 and models.shared:  # the start is the policy without its adapter: a step comes first
+                evaluate("before", 0)
             if benchmark and (state.step == run.steps or run.eval_every and state.step % run.eval_every == 0):
-                evaluate(f"step {state.step}")
+                evaluate(f"step {state.step}", state.step)
             stop = interrupts.agreed()
             if state.step % run.save_every == 0 or state.step == run.steps or stop:
                 ranks.first(save_checkpoint, out, run, models, state, write_card)

@@ -15,6 +15,7 @@ Shapes: B batch, P prompt (left-padded), T response (right-padded), V vocabulary
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,12 @@ def load_benchmark(path: str | Path, tokenizer: Any, template: str, max_tokens: 
 
 def evaluate_now(models: Models, run: RunConfig, benchmark: Benchmark, label: str) -> dict[str, Any]:
     """evaluate_policy during training: the true KL on the responses to the benchmark alone, and in the miniature world, whose
-    annotators cost nothing, who wins. "before" is the policy as it starts: with --baseline another run has measured it."""
+    annotators cost nothing, who wins. "before" is the policy as it started: with --baseline another run has measured it."""
     start = start_of(models, run, benchmark) if label == "before" else {}
     if start and run.baseline:
         return taken_over(Path(run.baseline), start)
-    result = evaluate_policy(models, run, benchmark, label)
+    with models.as_it_started() if start else nullcontext():
+        result = evaluate_policy(models, run, benchmark, label)
     if benchmark.about:
         result |= judged(miniature_judge(benchmark.tasks, result["responses"]))
     return result | ({"start": start} if start else {})

@@ -136,6 +136,40 @@ def test_evaluations_during_training_are_made_where_asked_and_change_nothing(wor
     assert timeless(tmp_path / "run")["metrics"] == timeless(finished)["metrics"]
 
 
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"adapter": True}])
+def test_with_lora_the_start_is_measured_after_the_first_step_and_is_the_same(world, tmp_path, monkeypatch, changes):
+    """So that a line of a step comes first; the start is the policy without its adapter, or with the one it started from."""
+    if "adapter" in changes:
+        start(settings(world, tmp_path / "first", steps=1, evaluation=None))
+        changes = {"adapter": str(tmp_path / "first" / "step-0001" / "policy")}
+    seen, measured = [], train.evaluate_now
+    monkeypatch.setattr(train, "evaluate_now", lambda models, run, benchmark, label: seen.append(label) or measured(
+        models, run, benchmark, label))
+    monkeypatch.setattr(train, "step_line", lambda m, columns: seen.append("step") or "")
+    start(settings(world, tmp_path / "later", steps=1, **changes))
+    assert seen == ["step", "before", "step 1"]
+    step = train.step_or_save
+
+    def measured_at_once(out, models, state, run):  # as it was done before there was a step
+        models.shared = False
+        at_once.append(measured(models, run, benchmark_of(run, models), "at once"))
+        models.shared = True
+        return step(out, models, state, run)
+
+    at_once = []
+    monkeypatch.setattr(train, "step_or_save", measured_at_once)
+    start(settings(world, tmp_path / "again", steps=1, **changes))
+    later = records(tmp_path / "later" / "evaluations.jsonl")[0]
+    assert later["step"] == 0 and later["responses"] == at_once[0]["responses"]
+    assert later["rewards"] == pytest.approx(at_once[0]["rewards"], abs=1e-5) and later["true_kl"] == 0
+
+
+def benchmark_of(run, models):
+    from evaluation.measure import load_benchmark
+
+    return load_benchmark(run.evaluation, models.tokenizer, run.prompt_template, run.query_length)
+
+
 def test_the_start_of_a_seed_is_measured_once_for_all_its_runs(world, finished, tmp_path):
     """--baseline: full fine-tuning starts from the same policy, another seed or temperature from another."""
     start(settings(world, tmp_path / "full", tuning="full", estimator="none", baseline=str(finished)))

@@ -159,13 +159,13 @@ class Layer:
         self.block, attention = block, block.self_attn
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         low = [halves(projection) for projection in projections]
-        self.weight = torch.cat([p.weight for p in projections] + [A for A, _ in low])
+        self.weight = torch.cat([weight_of(p) for p in projections] + [A for A, _ in low])
         self.outputs = sum(p.out_features for p in projections)
         self.bias = None
         if attention.q_proj.bias is not None:
             self.bias = F.pad(torch.cat([p.bias for p in projections]), (0, len(self.weight) - self.outputs))
         self.up = torch.block_diag(*(B for _, B in low)).t() if len(self.weight) > self.outputs else None  # (r + r + r, outputs)
-        self.adapted = {p: halves(p) for p in (attention.o_proj, *block.mlp.children())}
+        self.others = {p: (weight_of(p), *halves(p)) for p in (attention.o_proj, *block.mlp.children())}
 
     def __call__(self, x: Tensor, rope: Sequence[Tensor], bias: Tensor, store: Tensor, column: Tensor) -> Tensor:
         """(N, D) → (N, D), of the one token of each row whose keys and values go to `column` of store (2, N, Hkv, S, Dh)."""
@@ -190,16 +190,22 @@ class Layer:
 
     def product(self, x: Tensor, layer: nn.Module) -> Tensor:
         """(N, in) → (N, out)."""
-        out, (A, B) = F.linear(x, layer.weight, layer.bias), self.adapted[layer]
+        weight, A, B = self.others[layer]
+        out = F.linear(x, weight, layer.bias)
         return out.addmm_(F.linear(x, A), B.t()) if len(A) else out
 
     def add(self, x: Tensor, h: Tensor, layer: nn.Module) -> Tensor:
         """x (N, out) plus the product, in place."""
-        A, B = self.adapted[layer]
-        x.addmm_(h, layer.weight.t())
+        weight, A, B = self.others[layer]
+        x.addmm_(h, weight.t())
         if layer.bias is not None:
             x += layer.bias
         return x.addmm_(F.linear(h, A), B.t()) if len(A) else x
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """As the layer would use it: of a merged one that is switched off, the base's."""
+    return layer.base_weight if isinstance(layer, LoRALinear) and layer.merged and not layer.enabled else layer.weight
 
 
 def halves(layer: nn.Module) -> tuple[Tensor, Tensor]:

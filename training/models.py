@@ -85,7 +85,10 @@ class Models:
         """Inside, a shared policy is its own reference: without its adapter, or with the one that it started from."""
         if not self.shared:
             return nullcontext()
-        return lora_weights(self.policy, self.start) if self.start else lora_disabled(self.policy)
+        if not self.start:
+            return lora_disabled(self.policy)
+        inside = all(now.data_ptr() == self.start[name].data_ptr() for name, now in lora_state_dict(self.policy).items())
+        return nullcontext() if inside else lora_weights(self.policy, self.start)
 
     @contextmanager
     def to_sample(self) -> Iterator[None]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What a run shows while it trains: its sizes in words, a bar inside each step, a line a step, and some of its samples."""
 
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -66,12 +68,27 @@ two estimates and the true one on 8 to 32 responses; clip: share of tokens clipp
 rate; s: seconds to generate + score + update"""
 
 
-def step_line(m: dict) -> str:
-    """The line a step prints."""
-    return (f"step {m['step']:4d}  reward {m['score_mean']:6.3f}  shaped {m['shaped_reward']:6.3f}  k1 {m['kl_k1']:7.4f}  "
-            f"k3 {m['kl_k3']:6.4f}  KL {m['true_kl']:6.4f}  tokens {m['length']:5.1f}  clip {m['clip_fraction']:5.3f}  "
-            f"v-loss {m['value_loss']:6.4f}  grad {m['grad_norm']:6.3f}  lr {m['learning_rate']:.1e}  "
-            f"s {m['seconds_generate']:.1f}+{m['seconds_score']:.1f}+{m['seconds_update']:.1f}")
+def step_line(m: dict, columns: int = 1000) -> str:
+    """The line a step prints. Where it is wider than the terminal, what matters least for a glance is left to metrics.jsonl."""
+    parts = {
+        "reward": f"reward {m['score_mean']:6.3f}", "shaped": f"shaped {m['shaped_reward']:6.3f}",
+        "k1": f"k1 {m['kl_k1']:7.4f}", "k3": f"k3 {m['kl_k3']:6.4f}", "KL": f"KL {m['true_kl']:6.4f}",
+        "tokens": f"tokens {m['length']:5.1f}", "clip": f"clip {m['clip_fraction']:5.3f}",
+        "v-loss": f"v-loss {m['value_loss']:6.4f}", "grad": f"grad {m['grad_norm']:6.3f}", "lr": f"lr {m['learning_rate']:.1e}",
+        "s": f"s {m['seconds_generate']:.1f}+{m['seconds_score']:.1f}+{m['seconds_update']:.1f}"}
+
+    def line() -> str:
+        return "  ".join([f"step {m['step']:4d}", *parts.values()])
+
+    for name in ("k1", "lr", "v-loss", "k3", "grad", "clip", "shaped", "s", "tokens"):
+        if len(line()) >= columns:
+            del parts[name]
+    return line()
+
+
+def terminal_columns() -> int:
+    """Of the terminal that lines go to; a file has room for all."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
 
 
 def save_samples(file: Path, state: State, rollout: Rollout, rows: list[int], tokenizer) -> None:

@@ -1,5 +1,6 @@
 """The fast sampler gives what model.generate gives, its slow twin: every family, adapter and dtype, rows ending at any time."""
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -58,12 +59,15 @@ def test_responses_and_logprobs_are_generates(kin):
 
 @pytest.mark.parametrize("targets", [(), ("q_proj",), ("k_proj", "down_proj"),
                                      (*ATTENTION, "gate_proj", "up_proj", "down_proj")])
-@pytest.mark.parametrize("how", ["folded", "apart", "switched off"])
+@pytest.mark.parametrize("how", [(), (folded,), (lora_disabled,), (lora_disabled, folded)])
 def test_any_layers_may_carry_adapters_in_any_state(targets, how):
+    """Beside the weights, folded into them, switched off, and folded while they are switched off."""
     model = llama(targets)
-    if how == "switched off" and not targets:
+    if lora_disabled in how and not targets:
         return
-    with {"folded": folded, "apart": torch.no_grad, "switched off": lora_disabled}[how](*[model][: how != "apart"]):
+    with ExitStack() as stack:
+        for state in how:
+            stack.enter_context(state(model))
         (responses, logprobs), (ours, its) = both(model)
     assert torch.equal(ours, responses)
     torch.testing.assert_close(its, logprobs, atol=1e-5, rtol=0)
