@@ -15,6 +15,7 @@ import ppo
 from divergences import ESTIMATORS, true_kl
 from lora import add_lora, keep_mask, lora_layers, lora_parameters
 from model import Llama, LlamaConfig, ValueModel, generate
+from training import decode
 from training.models import folded
 
 pytestmark = pytest.mark.gpu
@@ -100,6 +101,19 @@ def test_answers_are_the_cpus_token_for_token(temperature):
             return generate(model, *batch(device=device), 12, temperature=temperature, generator=draws, eos_token_id=2).tolist()
 
     assert answers(GPU) == answers("cpu")
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_sampler_that_replays_gives_what_the_plain_one_gives(rows):
+    """Longer than two blocks of columns, with rows that end and leave: several graphs are recorded."""
+    model, (ids, mask) = adapted(device=GPU), batch(rows, device=GPU)
+    draws = torch.rand(2 * decode.COLUMNS, rows, generator=torch.Generator().manual_seed(0))
+    how = dict(generator=draws, eos_token_id=[2, 7], pad_token_id=0, return_logprobs=True)
+    with folded(model):
+        plain, logprobs = generate(model, ids, mask, len(draws), **how)
+        ours, its = decode.sample(model, ids, mask, decode.Choice(**how))
+    assert torch.equal(ours, plain) and len({int((row != 0).sum()) for row in plain}) > rows // 3
+    torch.testing.assert_close(its, logprobs, atol=1e-4, rtol=0)
 
 
 def test_sampled_logprobs_are_those_of_the_update():

@@ -114,9 +114,9 @@ def is_cut(model: nn.Module) -> bool:
 def sample(model: Llama, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **how: Any
            ) -> Tensor | tuple[Tensor, Tensor]:
     """model.generate, on a GPU its fast twin; of a model that is cut, in step: every token takes all processes, until the last
-    row of them all ends."""
+    row of them all ends. One that --shard has put together samples plainly: its layers still ask whether they are whole."""
     rows, length, limit = len(input_ids), input_ids.shape[1] + max_new_tokens, model.config.longest
-    if decode.replays(input_ids.device) and not is_cut(model) and (limit is None or length <= limit) \
+    if decode.replays(input_ids.device) and not isinstance(model, FSDPModule) and (limit is None or length <= limit) \
             and decode.has_room(model, rows, length):
         return decode.sample(model, input_ids, attention_mask, decode.Choice(**how))
     in_step = InStep(model, max_new_tokens)
