@@ -22,9 +22,9 @@ from tqdm import tqdm
 from data import get_template, left_pad, load_instructions, template_to_store, tokenize_prompts
 from formats.tokenizer import load_tokenizer
 from formats.write import write_json
-from model import Llama, generate
+from model import Llama
 from reward import score_all
-from training import ranks
+from training import ranks, shard
 from training.devices import resolve_devices
 from training.rewards import Reader, open_reader
 from training.stages import Flags, number
@@ -92,7 +92,7 @@ def sample(args: argparse.Namespace, rows: Sequence[dict], reader: Reader, devic
     for part in tqdm(batches, desc="answers", unit="batch"):
         ids, mask = (x.to(device) for x in left_pad([prompts.ids[i] for i in part], tokenizer.pad_token_id))
         draws = torch.rand(args.response_length, len(part), generator=draw)
-        answers = generate(policy, ids, mask, args.response_length, generator=draws, **how)
+        answers = shard.sample(policy, ids, mask, args.response_length, generator=draws, **how)
         for i, answer in zip(part, answers.tolist(), strict=True):
             end = next((t for t, token in enumerate(answer) if token in tokenizer.stop_ids), None)
             text = tokenizer.decode(answer[:end]).removeprefix(before)
