@@ -94,6 +94,8 @@ def draw(found: dict[str, list[dict]], file: Path) -> None:
         below.plot(x, [p["peak"] for p in points], "o-", color="#0072B2")
         below.set(xlabel=LABELS[sweep], ylabel="peak memory, MiB", xscale="log", ylim=(0, 1.15 * max(p["peak"] for p in points)))
         for axis in (above, below):
+            axis.set_xticks(x, [f"{each / 1e6:.1f}M" if each > 10**5 else f"{each:,}" for each in x])
+            axis.minorticks_off()
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
     part = file.with_suffix(".part.png")
