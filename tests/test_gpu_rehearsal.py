@@ -25,4 +25,6 @@ def test_a_part_that_takes_too_long_is_ended_and_what_it_found_stays(tmp_path):
     file = tmp_path / "gpu.json"
     words = ["bench/gpu.py", "--rehearse", "--minutes", "0.1", "--parts", "miniature", "--out", str(file)]
     subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, check=True, timeout=60)
-    assert json.loads(file.read_text(encoding="utf-8"))["miniature"].get("ended", ["its time was up"]) == ["its time was up"]
+    part = json.loads(file.read_text(encoding="utf-8"))["miniature"]
+    assert part["part_seconds"] < 9  # six and what it takes to end
+    assert part.get("ended") == ["its time was up"] or part["miniature"]["steps"] == 1  # unless the machine is that fast
