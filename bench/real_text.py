@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,9 +39,9 @@ CELLS = {"lora, none": {"tuning": "lora", "estimator": "none", "learning-rate": 
          "full, none": {"tuning": "full", "estimator": "none", "learning-rate": "1e-4"},
          "full, kl": {"tuning": "full", "estimator": "kl", "beta": "0.1", "learning-rate": "1e-4"}}
 SEEDS = (0, 1)
-COMMON = {"prompt-template": "chat", "lr-steps": "100000", "rollout-batch-size": "32", "step-batch-size": "16",
-          "micro-batch-size": "16", "response-length": "64", "query-length": "128", "temperature": "0.7", "dtype": "bfloat16"}
-REWARD = {"prompt-template": "chat", "max-tokens": "320", "held-out": "0.2", "batch-size": "4", "micro-batch-size": "4",
+COMMON = {"prompt-template": "chat", "lr-steps": "100000", "rollout-batch-size": "16", "step-batch-size": "16",
+          "micro-batch-size": "8", "response-length": "64", "query-length": "128", "temperature": "0.7", "dtype": "bfloat16"}
+REWARD = {"prompt-template": "chat", "max-tokens": "256", "held-out": "0.2", "batch-size": "4", "micro-batch-size": "1",
           "learning-rate": "3e-4", "dtype": "bfloat16"}
 
 
@@ -105,8 +106,8 @@ def train_cell(args: argparse.Namespace, cell: str, seed: int) -> Path:
     return out
 
 
-def judge(args: argparse.Namespace, folders: dict[tuple[str, int], Path]) -> None:
-    """Scores every evaluation's answers by the held-out reward model, and leaves a line a run."""
+def judge(args: argparse.Namespace, cell: str, seed: int, folder: Path) -> None:
+    """Scores the answers of a run's evaluations by the held-out reward model, and leaves its line."""
     import torch
 
     from evaluation.measure import load_benchmark
@@ -117,14 +118,13 @@ def judge(args: argparse.Namespace, folders: dict[tuple[str, int], Path]) -> Non
     limit = int(COMMON["query-length"])
     tasks = load_benchmark(args.work / "evaluation.json", load_tokenizer(args.base), "chat", limit).tasks
     names = ("step", "n", "true_kl", "true_kl_se", "reward", "reward_se", "tokens", "finished", "rewards")
-    for (cell, seed), folder in folders.items():
-        evaluations = []
-        for found in read_lines(folder / "evaluations.jsonl"):
-            with torch.no_grad():
-                scores = reader.score_texts(tasks, found["responses"], found["ended"])
-            evaluations.append({name: found[name] for name in names} | {"judged": [round(score, 4) for score in scores]})
-        append_line(LINES, {"cell": cell, "seed": seed, "flags": COMMON | CELLS[cell], "steps": args.steps,
-                            "evaluations": evaluations, "machine": machine() + f" ({args.commit})" * bool(args.commit)})
+    evaluations = []
+    for found in read_lines(folder / "evaluations.jsonl"):
+        with torch.no_grad():
+            scores = reader.score_texts(tasks, found["responses"], found["ended"])
+        evaluations.append({name: found[name] for name in names} | {"judged": [round(score, 4) for score in scores]})
+    append_line(LINES, {"cell": cell, "seed": seed, "flags": COMMON | CELLS[cell], "steps": args.steps,
+                        "evaluations": evaluations, "machine": machine() + f" ({args.commit})" * bool(args.commit)})
 
 
 # -------------------------------------------------------------------------------------------------------------- the report
@@ -196,8 +196,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "real_text", help="of models and runs")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--eval-every", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--eval-every", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=10_000, help="when runs are ended; what they had evaluated counts")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--commit", default="", help="where this checkout has no .git")
@@ -215,10 +215,16 @@ def main() -> None:
         print(f"two reward models: {time.monotonic() - start:.0f} s", flush=True)
         there = {(line["cell"], line["seed"]) for line in read_lines(LINES)}
         wanted = [(cell, seed) for seed in args.seeds for cell in CELLS if (cell, seed) not in there]
+        writing = threading.Lock()
+
+        def one(cell: str, seed: int) -> None:
+            folder = train_cell(args, cell, seed)
+            with writing:
+                judge(args, cell, seed, folder)
+            print(f"{cell}, seed {seed}: done after {time.monotonic() - start:.0f} s", flush=True)
+
         with ThreadPoolExecutor(args.jobs) as pool:
-            folders = list(pool.map(lambda each: train_cell(args, *each), wanted))
-        print(f"{len(folders)} runs: {time.monotonic() - start:.0f} s", flush=True)
-        judge(args, dict(zip(wanted, folders, strict=True)))
+            list(pool.map(lambda each: one(*each), wanted))
     report(read_lines(LINES), LINES.with_suffix(".md"))
 
 
