@@ -38,6 +38,9 @@ CELLS = {"lora, none": {"tuning": "lora", "estimator": "none", "learning-rate": 
          "lora, kl": {"tuning": "lora", "estimator": "kl", "beta": "0.1", "learning-rate": "5e-4"},
          "full, none": {"tuning": "full", "estimator": "none", "learning-rate": "1e-4"},
          "full, kl": {"tuning": "full", "estimator": "kl", "beta": "0.1", "learning-rate": "1e-4"}}
+COMPARISONS = {"LoRA: kl less none": {"lora, kl": 1, "lora, none": -1}, "full: kl less none": {"full, kl": 1, "full, none": -1},
+               "none: LoRA less full": {"lora, none": 1, "full, none": -1}, "kl: LoRA less full": {"lora, kl": 1, "full, kl": -1},
+               "kl less none, full less LoRA": {"full, kl": 1, "full, none": -1, "lora, kl": -1, "lora, none": 1}}
 SEEDS = (0, 1)
 COMMON = {"prompt-template": "chat", "lr-steps": "100000", "rollout-batch-size": "16", "step-batch-size": "16",
           "micro-batch-size": "8", "response-length": "64", "query-length": "128", "temperature": "0.7", "dtype": "bfloat16"}
@@ -123,8 +126,15 @@ def judge(args: argparse.Namespace, cell: str, seed: int, folder: Path) -> None:
         with torch.no_grad():
             scores = reader.score_texts(tasks, found["responses"], found["ended"])
         evaluations.append({name: found[name] for name in names} | {"judged": [round(score, 4) for score in scores]})
-    append_line(LINES, {"cell": cell, "seed": seed, "flags": COMMON | CELLS[cell], "steps": args.steps,
-                        "evaluations": evaluations, "machine": machine() + f" ({args.commit})" * bool(args.commit)})
+    steps = read_lines(folder / "metrics.jsonl")
+    paid = {"seconds": statistics.median(sum(step[f"seconds_{part}"] for part in ("generate", "score", "update")) for step in steps),
+            "penalty": statistics.mean(step["penalty"] for step in steps),
+            "deviation": statistics.mean(step["score_std"] for step in steps)}
+    learned = {name: json.loads((args.work / name / "training.json").read_text())["history"][-1]["held_out"]
+               for name in ("reward", "judge")}
+    append_line(LINES, {"cell": cell, "seed": seed, "flags": COMMON | CELLS[cell], "steps": args.steps, **paid,
+                        "rewards": learned, "evaluations": evaluations,
+                        "machine": machine() + f" ({args.commit})" * bool(args.commit)})
 
 
 # -------------------------------------------------------------------------------------------------------------- the report
@@ -133,29 +143,40 @@ def judge(args: argparse.Namespace, cell: str, seed: int, folder: Path) -> None:
 def report(lines: list[dict], file: Path) -> None:
     """Tables of what the lines hold; errors are those of instructions, whose mean over the seeds counts once."""
     steps = min(([e["step"] for e in line["evaluations"]] for line in lines), key=len)
+    cells = {cell: [line["evaluations"] for line in lines if line["cell"] == cell] for cell in CELLS}
     seeds = len({line["seed"] for line in lines})
+    right = {name: f"{100 * found['value']:.1f} ± {100 * found['standard_error']:.1f} % of {found['n']} pairs"
+             for name, found in lines[0]["rewards"].items()}
     text = ["# The study on real text", "", f"`python bench/real_text.py`; {lines[0]['machine']}. SmolLM2-135M-Instruct, "
-            f"{lines[0]['evaluations'][0]['n']} instructions, {seeds} seeds; ± is the standard error over instructions, each "
-            "counted once with its mean over the seeds. Held out: a reward model of other preferences, which no policy was "
-            "trained against.", "",
+            f"{lines[0]['evaluations'][0]['n']} instructions, {seeds} seed{'s' * (seeds > 1)}; ± is the standard error over "
+            f"instructions{', each counted once with its mean over the seeds' * (seeds > 1)}, and says nothing of other seeds. "
+            "Held out: a reward model of other preferences, which no policy was trained against. Right on instructions that they "
+            f"did not see: the one that pays {right['reward']}, the one that judges {right['judge']}.", "",
             "| | step | reward | less the start's | true KL | tokens | held out, less the start's | wins over the start, % |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for cell in dict.fromkeys(r["cell"] for r in lines):
-        for k, step in enumerate(steps):
-            runs = [r["evaluations"] for r in lines if r["cell"] == cell]
+    for cell, runs in cells.items():
+        for k, step in enumerate(steps[1:] if runs else (), start=1):
             text.append(f"| {cell} | {step} | {mean(runs, k, 'reward'):.2f} | {signed(gains(runs, k, 'rewards'))} | "
                         f"{mean(runs, k, 'true_kl'):.3f} | {mean(runs, k, 'tokens'):.1f} | {signed(gains(runs, k, 'judged'))} | "
-                        f"{'' if k == 0 else plain(wins(runs, k))} |")
-    text += ["", "At the last of these steps, by the held-out model's scores, paired by instruction:", "",
-             "| | difference |", "| --- | --- |"]
-    cells = {cell: [r["evaluations"] for r in lines if r["cell"] == cell] for cell in CELLS}
-    pairs = [("lora, kl", "lora, none"), ("full, kl", "full, none"), ("lora, none", "full, none"), ("lora, kl", "full, kl")]
-    for first, second in pairs:
-        if cells[first] and cells[second]:
-            both = (by_instruction(cells[cell], len(steps) - 1, "judged") for cell in (first, second))
-            text.append(f"| {first} less {second} | {signed([a - b for a, b in zip(*both, strict=True)])} |")
+                        f"{plain(wins(runs, k))} |")
+    text += ["", f"At step {steps[-1]}, paired by instruction:", "",
+             "| | by the reward model that pays | by the one held out |", "| --- | --- | --- |",
+             *(f"| {words} | {signed(combined(cells, signs, 'rewards'))} | {signed(combined(cells, signs, 'judged'))} |"
+               for words, signs in COMPARISONS.items() if all(cells[cell] for cell in signs))]
+    text += ["", "| | seconds a step of 16 responses, median | penalty, share of the scores' deviation |", "| --- | --- | --- |"]
+    for cell in filter(cells.get, cells):
+        own = [line for line in lines if line["cell"] == cell]
+        share = statistics.mean(line["penalty"] / line["deviation"] for line in own)
+        text.append(f"| {cell} | {statistics.median(line['seconds'] for line in own):.0f} | {share:.3f} |")
     file.write_text("\n".join(text) + "\n", encoding="utf-8")
     print(f"written to {file}")
+
+
+def combined(cells: dict[str, list[list[dict]]], signs: dict[str, int], name: str) -> list[float]:
+    """Of each instruction: the sum of the cells' last values, each with its sign."""
+    last = min(len(run) for cell in signs for run in cells[cell]) - 1
+    return [sum(values) for values in zip(*([sign * value for value in by_instruction(cells[cell], last, name)]
+                                            for cell, sign in signs.items()), strict=True)]
 
 
 def mean(runs: list[list[dict]], k: int, name: str) -> float:
