@@ -127,7 +127,8 @@ def judge(args: argparse.Namespace, cell: str, seed: int, folder: Path) -> None:
             scores = reader.score_texts(tasks, found["responses"], found["ended"])
         evaluations.append({name: found[name] for name in names} | {"judged": [round(score, 4) for score in scores]})
     steps = read_lines(folder / "metrics.jsonl")
-    paid = {"seconds": statistics.median(sum(step[f"seconds_{part}"] for part in ("generate", "score", "update")) for step in steps),
+    phases = [f"seconds_{part}" for part in ("generate", "score", "update")]
+    paid = {"seconds": statistics.median(sum(step[phase] for phase in phases) for step in steps),
             "penalty": statistics.mean(step["penalty"] for step in steps),
             "deviation": statistics.mean(step["score_std"] for step in steps)}
     learned = {name: json.loads((args.work / name / "training.json").read_text())["history"][-1]["held_out"]
@@ -201,7 +202,7 @@ def wins(runs: list[list[dict]], k: int) -> list[float]:
 
 def signed(values: Sequence[float]) -> str:
     value, error = mean_and_error(values)
-    return f"{value:+.2f} ± {error:.2f}"
+    return f"{round(value, 2) + 0:+.2f} ± {error:.2f}"  # no -0.00
 
 
 def plain(values: Sequence[float]) -> str:
