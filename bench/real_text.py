@@ -128,12 +128,12 @@ def judge(args: argparse.Namespace, cell: str, seed: int, folder: Path) -> None:
         evaluations.append({name: found[name] for name in names} | {"judged": [round(score, 4) for score in scores]})
     steps = read_lines(folder / "metrics.jsonl")
     phases = [f"seconds_{part}" for part in ("generate", "score", "update")]
-    paid = {"seconds": statistics.median(sum(step[phase] for phase in phases) for step in steps),
+    cost = {"seconds": statistics.median(sum(step[phase] for phase in phases) for step in steps),
             "penalty": statistics.mean(step["penalty"] for step in steps),
             "deviation": statistics.mean(step["score_std"] for step in steps)}
     learned = {name: json.loads((args.work / name / "training.json").read_text())["history"][-1]["held_out"]
                for name in ("reward", "judge")}
-    append_line(LINES, {"cell": cell, "seed": seed, "flags": COMMON | CELLS[cell], "steps": args.steps, **paid,
+    append_line(LINES, {"cell": cell, "seed": seed, "flags": COMMON | CELLS[cell], "steps": args.steps, **cost,
                         "rewards": learned, "evaluations": evaluations,
                         "machine": machine() + f" ({args.commit})" * bool(args.commit)})
 
@@ -164,7 +164,9 @@ def report(lines: list[dict], file: Path) -> None:
              "| | by the reward model that pays | by the one held out |", "| --- | --- | --- |",
              *(f"| {words} | {signed(combined(cells, signs, 'rewards'))} | {signed(combined(cells, signs, 'judged'))} |"
                for words, signs in COMPARISONS.items() if all(cells[cell] for cell in signs))]
-    text += ["", "| | seconds a step of 16 responses, median | penalty, share of the scores' deviation |", "| --- | --- | --- |"]
+    text += ["", f"| | seconds a step of {COMMON['rollout-batch-size']} responses, median "
+             "| penalty, share of the scores' deviation |",
+             "| --- | --- | --- |"]
     for cell in filter(cells.get, cells):
         own = [line for line in lines if line["cell"] == cell]
         share = statistics.mean(line["penalty"] / line["deviation"] for line in own)
@@ -241,6 +243,9 @@ def main() -> None:
 
         def one(cell: str, seed: int) -> None:
             folder = train_cell(args, cell, seed)
+            if not read_lines(folder / "metrics.jsonl"):
+                print(f"{cell}, seed {seed}: ended before its first step, and left no line", flush=True)
+                return
             with writing:
                 judge(args, cell, seed, folder)
             print(f"{cell}, seed {seed}: done after {time.monotonic() - start:.0f} s", flush=True)
