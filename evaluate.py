@@ -116,6 +116,7 @@ def open_folder(folder: Path, args: argparse.Namespace) -> tuple[RunConfig, list
     """What it holds, with the lengths that were asked for."""
     run, policies = (open_adapter if (folder / "adapter_config.json").is_file() else open_run)(folder, args)
     run.evaluation_length, run.query_length = args.max_tokens or run.evaluation_length, args.query_length or run.query_length
+    run.compile = False  # what is read once isn't worth a minute
     return run, policies
 
 

@@ -9,6 +9,7 @@ Parts run in this order, each a process of its own that is ended when its time i
 
     tests      the tests marked `gpu`: logits, gradients, sampling, resuming, placement, beside the CPU's
     step       a PPO step of LLaMA-7B shapes in the paper's setting: seconds by phase, memory beside --plan, share of the peak
+    compiled   the same with --compile
     sampling   tokens a second of the same shapes, ours and transformers' generate on the same weights
     profile    of one decode step and one update micro-batch: kernels, launches, the ten that take longest
     small      a step of SmolLM2's and of TinyLlama's shapes, for whoever has a card of 24 GB
@@ -36,10 +37,12 @@ sys.path.insert(0, str(ROOT / "bench"))
 from gpu_report import in_words  # noqa: E402
 from ppo_step import PHASES, floors, machine, random_model, random_models  # noqa: E402
 
-LIMITS = {"tests": 100, "step": 150, "sampling": 170, "profile": 60, "small": 60, "miniature": 150}  # seconds
+LIMITS = {"tests": 100, "step": 150, "compiled": 200, "sampling": 170, "profile": 60, "small": 60, "miniature": 150}  # seconds
 STARTING = 5  # seconds that a part needs to begin with: less is not tried
 MARK = "RESULT "
 TOY = dict(batch=8, step_batch=4, micro_batch=2, rollout_micro_batch=4, prompt_length=8, response_length=6)
+# Section 2.2: 256 rollouts of 192 + 300 tokens, 128 an optimiser step, two epochs.
+PAPER = dict(batch=256, step_batch=128, micro_batch=8, rollout_micro_batch=64, prompt_length=192, response_length=300)
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -58,9 +61,14 @@ def tests(args: SimpleNamespace) -> Found:
 
 
 def step(args: SimpleNamespace) -> Found:
-    """The paper's setting (section 2.2): 256 rollouts of 192 + 300 tokens, 128 an optimiser step, two epochs."""
-    paper = dict(batch=256, step_batch=128, micro_batch=8, rollout_micro_batch=64, prompt_length=192, response_length=300)
-    yield "step", timed_step(args, args.shape, **(TOY if args.rehearse else paper))
+    """The paper's setting."""
+    yield "step", timed_step(args, args.shape, **(TOY if args.rehearse else PAPER))
+
+
+def compiled(args: SimpleNamespace) -> Found:
+    """The same with layers that torch.compile has fused; in a rehearsal it traces and makes no code."""
+    backend = "aot_eager" if args.rehearse else "inductor"
+    yield "compiled", timed_step(args, args.shape, backend, **(TOY if args.rehearse else PAPER))
 
 
 def small(args: SimpleNamespace) -> Found:
@@ -74,22 +82,25 @@ def small(args: SimpleNamespace) -> Found:
     yield "tinyllama-1b", timed_step(args, "tinyllama-1b", **paper)
 
 
-def timed_step(args: SimpleNamespace, shape: str, **sizes: int) -> dict:
-    """One small step to warm up and one of that size, as train.py takes it."""
+def timed_step(args: SimpleNamespace, shape: str, backend: str | None = None, **sizes: int) -> dict:
+    """One small step to warm up and one of that size, as train.py takes it; backend: of torch.compile."""
     import torch
 
+    from training.devices import compile_layers
     from training.memory import plan
 
     how = SimpleNamespace(shape=shape, device=args.device, **sizes)
     dtype = torch.bfloat16
     models, prompts = random_models(how, dtype)
+    if backend:
+        compile_layers(models.policy, backend), compile_layers(models.value.backbone, backend)
     few = min(sizes["step_batch"], 2 * sizes["micro_batch"])
-    take_step(models, prompts, SimpleNamespace(**vars(how) | {"batch": few, "step_batch": few}), args.device)
+    _, first = take_step(models, prompts, SimpleNamespace(**vars(how) | {"batch": few, "step_batch": few}), args.device)
     reset_peak(args.device)
     run, found = take_step(models, prompts, how, args.device, steps_before=1)
     policy = models.policy.config
     found["plan_gib"] = sum(plan(run, policy, policy)[run.policy_device].values()) / 2**30
-    found |= {"shape": shape, "dtype": "bfloat16"} | sizes
+    found |= {"shape": shape, "dtype": "bfloat16", "first_seconds": first["seconds"]} | sizes
     del models
     floor = floors(policy, how, dtype, sizes["batch"] * sizes["prompt_length"], sizes["batch"] * sizes["response_length"],
                    sizes["response_length"])
@@ -289,7 +300,7 @@ def miniature(args: SimpleNamespace) -> Found:
                         "self_check": [line for line in (run.stdout + run.stderr).splitlines() if "self-check" in line][:1]}
 
 
-PARTS = {part.__name__: part for part in (tests, step, sampling, profile, small, miniature)}
+PARTS = {part.__name__: part for part in (tests, step, compiled, sampling, profile, small, miniature)}
 
 
 def synchronize(device: str) -> None:

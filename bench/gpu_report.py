@@ -39,6 +39,11 @@ def step_table(found: dict) -> list[str]:
     return lines + floors
 
 
+def compiled_table(found: dict) -> list[str]:
+    first = found["compiled"]["first_seconds"]
+    return [*step_table(found), "", f"The first small step, in which torch.compile works: {first:.0f} s."]
+
+
 def sampling_table(found: dict) -> list[str]:
     size = next(iter(found.values()))
     theirs = found.get("transformers", size)["tokens_per_second"]
@@ -68,5 +73,5 @@ def miniature_table(found: dict) -> list[str]:
     return lines + [f"| {name} | {x['before'][name]:.3f} | {value:.3f} |" for name, value in x["after"].items()]
 
 
-TABLES = {"tests": tests_table, "step": step_table, "sampling": sampling_table, "profile": profile_table, "small": step_table,
-          "miniature": miniature_table}
+TABLES = {"tests": tests_table, "step": step_table, "compiled": compiled_table, "sampling": sampling_table,
+          "profile": profile_table, "small": step_table, "miniature": miniature_table}

@@ -1,11 +1,12 @@
 """The study's question on real text: LoRA and full fine-tuning of SmolLM2-135M, without a penalty and with KL (docs/study.md).
 
-    python bench/real_text.py --base smollm2 --preferences preferences.json --instructions evaluation.json --jobs 8
+    python bench/real_text.py --base smollm2 --preferences preferences.json --instructions evaluation.json \
+        --device cuda:0 --jobs 8
     python bench/real_text.py --report                   # the tables alone, from the lines that are there
 
-Preferences and instructions are AlpacaFarm's files. Two reward models are trained, each on one half of the instructions that have
-preferences: the first pays, the second, which no policy was trained against, judges the answers in pairs. Instructions without
-preferences are asked: three quarters of them in PPO, the others in evaluations. A run that is done leaves a line of numbers, no
+Preferences and instructions are AlpacaFarm's files. Two reward models are trained, each on one half of the instructions that
+have preferences: one pays, the other, which no policy was trained against, judges the answers in pairs. PPO asks the first half's
+instructions; evaluations ask those without preferences, which no model has met. A run that is done leaves a line of numbers, no
 texts, in bench/results/study/real_text.jsonl; what has a line is not run again.
 """
 
@@ -21,6 +22,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,14 +44,15 @@ COMPARISONS = {"LoRA: kl less none": {"lora, kl": 1, "lora, none": -1}, "full: k
                "none: LoRA less full": {"lora, none": 1, "full, none": -1}, "kl: LoRA less full": {"lora, kl": 1, "full, kl": -1},
                "kl less none, full less LoRA": {"full, kl": 1, "full, none": -1, "lora, kl": -1, "lora, none": 1}}
 SEEDS = (0, 1)
-COMMON = {"prompt-template": "chat", "lr-steps": "100000", "rollout-batch-size": "16", "step-batch-size": "16",
-          "micro-batch-size": "8", "response-length": "64", "query-length": "128", "temperature": "0.7", "dtype": "bfloat16"}
-REWARD = {"prompt-template": "chat", "max-tokens": "256", "held-out": "0.2", "batch-size": "4", "micro-batch-size": "1",
+COMMON = {"prompt-template": "chat", "lr-steps": "100000", "rollout-batch-size": "32", "step-batch-size": "32",
+          "micro-batch-size": "32", "rollout-micro-batch-size": "32", "response-length": "96", "query-length": "128",
+          "temperature": "0.7", "dtype": "bfloat16"}
+REWARD = {"prompt-template": "chat", "max-tokens": "384", "held-out": "0.2", "batch-size": "4", "micro-batch-size": "4",
           "learning-rate": "3e-4", "dtype": "bfloat16"}
 
 
 def split(preferences: list[dict], instructions: list[dict], seed: int = 0) -> dict[str, list[dict]]:
-    """reward, judge: preferences on each half of their instructions; ppo, evaluation: instructions that have none."""
+    """reward, judge: preferences on each half of their instructions; ppo: the instructions of reward; evaluation: of neither."""
     def key(row: dict) -> tuple[str, str]:
         return row["instruction"], row.get("input") or ""
 
@@ -57,12 +60,11 @@ def split(preferences: list[dict], instructions: list[dict], seed: int = 0) -> d
     preferred = sorted(set(map(key, preferences)))
     draw.shuffle(preferred)
     first = set(preferred[: len(preferred) // 2])
-    rest = [{"instruction": row["instruction"], "input": row.get("input") or "", "output": row["output"]}
-            for row in instructions if key(row) not in set(preferred)]
-    draw.shuffle(rest)
-    asked = len(rest) * 3 // 4
-    return {"reward": [row for row in preferences if key(row) in first],
-            "judge": [row for row in preferences if key(row) not in first], "ppo": rest[:asked], "evaluation": rest[asked:]}
+    rest = [key(row) for row in instructions if key(row) not in set(preferred)]
+    asked = {name: [{"instruction": instruction, "input": given} for instruction, given in keys]
+             for name, keys in (("ppo", sorted(first)), ("evaluation", rest))}
+    return asked | {"reward": [row for row in preferences if key(row) in first],
+                    "judge": [row for row in preferences if key(row) not in first]}
 
 
 def words(flags: dict[str, str]) -> list[str]:
@@ -109,17 +111,25 @@ def train_cell(args: argparse.Namespace, cell: str, seed: int) -> Path:
     return out
 
 
-def judge(args: argparse.Namespace, cell: str, seed: int, folder: Path) -> None:
-    """Scores the answers of a run's evaluations by the held-out reward model, and leaves its line."""
+@cache
+def open_judge(work: Path, base: str, device: str) -> tuple:
+    """The held-out reward model, and the instructions whose answers it reads."""
     import torch
 
     from evaluation.measure import load_benchmark
     from formats.tokenizer import load_tokenizer
     from training.rewards import open_reader
 
-    reader, _ = open_reader(str(args.work / "judge"), "--judge", "chat", None, dtype=torch.float32, device=args.device)
+    reader, _ = open_reader(str(work / "judge"), "--judge", "chat", None, dtype=torch.float32, device=device)
     limit = int(COMMON["query-length"])
-    tasks = load_benchmark(args.work / "evaluation.json", load_tokenizer(args.base), "chat", limit).tasks
+    return reader, load_benchmark(work / "evaluation.json", load_tokenizer(base), "chat", limit).tasks
+
+
+def judge(args: argparse.Namespace, cell: str, seed: int, folder: Path) -> None:
+    """Scores the answers of a run's evaluations by the held-out reward model, and leaves its line."""
+    import torch
+
+    reader, tasks = open_judge(args.work, args.base, args.device)
     names = ("step", "n", "true_kl", "true_kl_se", "reward", "reward_se", "tokens", "finished", "rewards")
     evaluations = []
     for found in read_lines(folder / "evaluations.jsonl"):
@@ -220,8 +230,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "real_text", help="of models and runs")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--eval-every", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--eval-every", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=10_000, help="when runs are ended; what they had evaluated counts")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--commit", default="", help="where this checkout has no .git")

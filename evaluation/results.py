@@ -34,7 +34,7 @@ FORMULAS = {"clamped_kl": "max(0, log π − log π_ref)", "kl": "log π − log
             "negative_kl": "log π_ref − log π"}
 # What two runs of one configuration may differ in.
 PER_RUN = ("out", "seed", "save_every", "eval_every", "policy_device", "reference_device", "micro_batch_size",
-           "rollout_micro_batch_size", "gradient_checkpointing", "baseline", "shard", "log_to")
+           "rollout_micro_batch_size", "gradient_checkpointing", "baseline", "shard", "compile", "log_to")
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

@@ -5,21 +5,25 @@ sum depends on the kernel that adds it up, so that there means are compared.
 """
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from conftest import SIZES
 from runs import assert_same_run, records, settings, start
+from torch._dynamo.utils import counters
 
 import ppo
 from divergences import ESTIMATORS, true_kl
-from lora import add_lora, keep_mask, lora_layers, lora_parameters
+from lora import add_lora, keep_mask, lora_disabled, lora_layers, lora_parameters
 from model import Llama, LlamaConfig, ValueModel, generate
-from training import decode
+from training import decode, models
+from training.devices import compile_layers
 from training.models import folded
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda:0" if torch.cuda.is_available() else "cpu"
+COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"  # without a GPU it traces, and needs no C compiler
 V = 50
 
 
@@ -180,3 +184,41 @@ def test_recomputed_activations_give_the_same_run(world, tmp_path):
         start(settings(world, tmp_path / name, evaluation=None, policy_device=GPU, reference_device=GPU, dtype="float32", **more))
     plain, recomputed = (records(tmp_path / name / "metrics.jsonl") for name in ("plain", "recomputed"))
     assert [m["score_mean"] for m in plain] == pytest.approx([m["score_mean"] for m in recomputed], abs=1e-4)
+
+
+def test_compiled_layers_compute_what_the_plain_ones_do():
+    """Logits and gradients, padded and not, of several lengths, with adapters, without, and sampled."""
+    counters.clear()
+    plain, compiled = adapted(device=GPU), adapted(device=GPU)
+    compile_layers(compiled, COMPILER)
+    for rows, width in ((5, 11), (4, 9)):
+        ids, mask = batch(rows, width, GPU)
+        losses, gradients = {}, {}
+        for model in (plain, compiled):
+            losses[model] = model(ids, mask).logsumexp(-1)[mask.bool()].mean()
+            gradients[model] = torch.autograd.grad(losses[model], lora_parameters(model))
+        torch.testing.assert_close(losses[compiled], losses[plain])
+        torch.testing.assert_close(gradients[compiled], gradients[plain], atol=1e-5, rtol=1e-3)
+        with torch.no_grad(), lora_disabled(plain), lora_disabled(compiled):
+            torch.testing.assert_close(compiled(ids, mask), plain(ids, mask), atol=1e-4, rtol=1e-4)
+        draws = torch.rand(6, rows, device=GPU)
+        assert torch.equal(*(generate(model, ids, mask, 6, generator=draws, eos_token_id=2) for model in (plain, compiled)))
+    assert 0 < counters["stats"]["unique_graphs"] < 8 and not counters["graph_break"]  # a layer in one piece, for all lengths
+
+
+def test_a_compiled_run_gives_the_plain_ones_figures(world, tmp_path, monkeypatch):
+    """Without dropout, which is drawn in another order there. Policy, reference, value and reward model."""
+    monkeypatch.setattr(models, "compile_layers", partial(compile_layers, backend=COMPILER))
+    for name, compiled in (("plain", False), ("compiled", True)):
+        start(settings(world, tmp_path / name, evaluation=None, policy_device=GPU, reference_device=GPU, dtype="float32",
+                       lora_dropout=0.0, compile=compiled))
+    plain, compiled = (records(tmp_path / name / "metrics.jsonl") for name in ("plain", "compiled"))
+    for name in ("score_mean", "value_loss", "policy_loss", "kl_k3"):
+        assert [m[name] for m in compiled] == pytest.approx([m[name] for m in plain], rel=1e-3, abs=1e-4)
+
+
+def test_compiled_dropout_keeps_the_share_that_it_should():
+    compiled = torch.compile(keep_mask, backend=COMPILER)
+    first, second = (compiled(torch.empty(1000, 1000, device=GPU), 0.1) for _ in range(2))
+    assert first.dtype == torch.uint8 and set(first.unique().tolist()) == {0, 1}
+    assert first.float().mean().item() == pytest.approx(0.9, abs=2e-3) and not torch.equal(first, second)

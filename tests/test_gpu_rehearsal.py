@@ -13,7 +13,7 @@ def test_every_part_of_the_first_contact_runs_and_leaves_its_figures(tmp_path):
     run = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert sorted(found) == ["miniature", "profile", "sampling", "small", "step", "tests"]
+    assert sorted(found) == ["compiled", "miniature", "profile", "sampling", "small", "step", "tests"]
     assert {name: part["ended"] for name, part in found.items() if "ended" in part} == {}
     assert "failed" not in found["tests"]["tests"]["summary"] and found["tests"]["tests"]["failed"] == []
     assert found["miniature"]["miniature"]["steps"] == 1

@@ -29,7 +29,7 @@ from ppo import Actors, PPOConfig
 from reward import RewardModel
 from training.config import RunConfig
 from training.decode import rows_at_once
-from training.devices import resolve_devices
+from training.devices import compile_layers, resolve_devices
 from training.origin import file_digest, frozen_weights, weights_digest
 from training.ranks import agreed, here
 from training.rewards import Asked, LoadedReward, Record, load_reward
@@ -197,7 +197,8 @@ def build_models(run: RunConfig, tokenizer: Any, shards: Shards | None = None) -
     notes = [str(dtype).removeprefix("torch.")
              + (f", reference and reward {str(frozen_dtype).removeprefix('torch.')}" if frozen_dtype != dtype else "")
              + ("; one device: frozen weights are shared, two models instead of four" if shared else "")
-             + (f"; {shards.in_words()}" if shards else "")]
+             + (f"; {shards.in_words()}" if shards else "")
+             + ("; layers are compiled in their first passes" if run.compile else "")]
     rows, frozen_rows = (shards and shards.rows(its, policy_device) for its in (dtype, frozen_dtype))
 
     policy = load_policy(run, tokenizer, notes, dtype=dtype, device=policy_device, part=rows)
@@ -231,10 +232,12 @@ def build_models(run: RunConfig, tokenizer: Any, shards: Shards | None = None) -
         backbone.requires_grad_(True)  # its output layer is the embedding, tied, and so trains with it
     reference.eval()
     policy.gradient_checkpointing = backbone.gradient_checkpointing = run.gradient_checkpointing
-    if shards:
-        frozen = [rewards.model.backbone] if rewards and rewards.model else []
-        for model in {id(model): model for model in (policy, reference, backbone, *frozen)}.values():
+    frozen = [rewards.model.backbone] if rewards and rewards.model else []
+    for model in {id(model): model for model in (policy, reference, backbone, *frozen)}.values():
+        if shards:
             shards.cut(model)
+        if run.compile:
+            compile_layers(model)
     models = Models(policy, value, reference, rewards, asked, tokenizer, policy_device, reference_device, shared,
                     shared and its_ids, start, notes, shards)
     models.mode(training=False)

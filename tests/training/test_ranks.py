@@ -177,6 +177,8 @@ def test_what_cannot_be_sharded_is_refused_in_one_line(two, world, tmp_path):
         require_sharable(configured(world, tmp_path / "one", shard="auto"), resume=False)
     with pytest.raises(ValueError, match="--shard auto: only frozen weights are sharded, and under --tuning"):
         configured(world, tmp_path / "full", shard="auto", tuning="full")
+    with pytest.raises(ValueError, match="compile with shard auto: layers whose weights come and go are not compiled"):
+        configured(world, tmp_path / "compiled", shard="auto", compile=True)
     assert not any(tmp_path.iterdir())
 
 
