@@ -226,8 +226,11 @@ def questions(cells: Cells) -> dict[str, dict[str, dict[str, float]]]:
               for tuning in ("lora", "full") for p in (*penalties, "squared_error")}
     both = {f"{p}{b}, full less LoRA": {f"full, {p}{b}": 1.0, "full, none": -1.0, f"lora, {p}{b}": -1.0, "lora, none": 1.0}
             for b in ("", ", beta 0.3") for p in penalties}
+    rates = {f"{tuning}: rate {other:g} less {best:g}": {f"{tuning}, rate {other:g}": 1.0, f"{tuning}, rate {best:g}": -1.0}
+             for tuning, best in (("lora", 5e-4), ("full", 1e-4)) for other in (best / 4, best / 2, best * 2, best * 4)}
     return {
         "(a) LoRA and full fine-tuning, no penalty": {"LoRA less full": {"lora, none": 1.0, "full, none": -1.0}},
+        "(a) The sweep's rates beside the best": rates,
         "(b) What a penalty brings": cost | strong,
         "(b) ... and how much more of it under full fine-tuning: the paper's conjecture": both,
         "(e, f, g) The adapter": {f"{name} less rank 8, alpha 64": {f"lora, {name}": 1.0, "lora, none": -1.0}
