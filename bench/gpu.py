@@ -53,7 +53,7 @@ Found = Iterator[tuple[str, dict]]  # (name of a figure, its values), as they co
 def tests(args: SimpleNamespace) -> Found:
     """pytest -m gpu, in a process that this one waits for."""
     only = ["-k", "logits"] if args.rehearse else []
-    words = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py", *only]
+    words = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--show-capture=no", "tests/test_gpu.py", *only]
     run = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     lines = (run.stdout + run.stderr).strip().splitlines()
     yield "tests", {"summary": lines[-1], "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],

@@ -1,7 +1,7 @@
 """The study's question on real text: LoRA and full fine-tuning of SmolLM2-135M, without a penalty and with KL (docs/study.md).
 
     python bench/real_text.py --base smollm2 --preferences preferences.json --instructions evaluation.json \
-        --device cuda:0 --jobs 8
+        --device cuda:0 --jobs 4
     python bench/real_text.py --report                   # the tables alone, from the lines that are there
 
 Preferences and instructions are AlpacaFarm's files. Two reward models are trained, each on one half of the instructions that
@@ -98,9 +98,8 @@ def train_rewards(args: argparse.Namespace) -> None:
         list(pool.map(one, ("reward", "judge")))
 
 
-def train_cell(args: argparse.Namespace, cell: str, seed: int) -> Path:
-    """One policy; its folder."""
-    out = args.work / f"{cell.replace(', ', '-')}-s{seed}"
+def train_cell(args: argparse.Namespace, cell: str, seed: int, out: Path) -> None:
+    """One policy."""
     if not (out / "curves.png").is_file():
         shutil.rmtree(out, ignore_errors=True)
         data = {"policy": args.base, "reward": str(args.work / "reward"), "data": str(args.work / "ppo.json"),
@@ -108,7 +107,6 @@ def train_cell(args: argparse.Namespace, cell: str, seed: int) -> Path:
         steps = {"steps": str(args.steps), "eval-every": str(args.eval_every), "save-every": str(args.steps)}
         run(["train.py", *words(COMMON | CELLS[cell] | data | steps | {"seed": str(seed), "out": str(out)})],
             Path(f"{out}.log"), max(1, args.end - time.monotonic()))
-    return out
 
 
 @cache
@@ -152,43 +150,56 @@ def judge(args: argparse.Namespace, cell: str, seed: int, folder: Path) -> None:
 
 
 def report(lines: list[dict], file: Path) -> None:
-    """Tables of what the lines hold; errors are those of instructions, whose mean over the seeds counts once."""
-    steps = min(([e["step"] for e in line["evaluations"]] for line in lines), key=len)
-    cells = {cell: [line["evaluations"] for line in lines if line["cell"] == cell] for cell in CELLS}
-    seeds = len({line["seed"] for line in lines})
+    """Tables of what the lines hold; errors are those of instructions, whose mean over the seeds counts once. Runs that were
+    ended before their first evaluation after a step are left out."""
+    lines = [line for line in lines if len(line["evaluations"]) > 1]
+    cells = {cell: {line["seed"]: line["evaluations"] for line in lines if line["cell"] == cell} for cell in CELLS}
+    last = min(len(line["evaluations"]) for line in lines) - 1  # what every run has reached
     right = {name: f"{100 * found['value']:.1f} ± {100 * found['standard_error']:.1f} % of {found['n']} pairs"
              for name, found in lines[0]["rewards"].items()}
     text = ["# The study on real text", "", f"`python bench/real_text.py`; {lines[0]['machine']}. SmolLM2-135M-Instruct, "
-            f"{lines[0]['evaluations'][0]['n']} instructions, {seeds} seed{'s' * (seeds > 1)}; ± is the standard error over "
-            f"instructions{', each counted once with its mean over the seeds' * (seeds > 1)}, and says nothing of other seeds. "
-            "Held out: a reward model of other preferences, which no policy was trained against. Right on instructions that they "
-            f"did not see: the one that pays {right['reward']}, the one that judges {right['judge']}.", "",
-            "| | step | reward | less the start's | true KL | tokens | held out, less the start's | wins over the start, % |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for cell, runs in cells.items():
-        for k, step in enumerate(steps[1:] if runs else (), start=1):
-            text.append(f"| {cell} | {step} | {mean(runs, k, 'reward'):.2f} | {signed(gains(runs, k, 'rewards'))} | "
-                        f"{mean(runs, k, 'true_kl'):.3f} | {mean(runs, k, 'tokens'):.1f} | {signed(gains(runs, k, 'judged'))} | "
-                        f"{plain(wins(runs, k))} |")
-    text += ["", f"At step {steps[-1]}, paired by instruction:", "",
-             "| | by the reward model that pays | by the one held out |", "| --- | --- | --- |",
-             *(f"| {words} | {signed(combined(cells, signs, 'rewards'))} | {signed(combined(cells, signs, 'judged'))} |"
-               for words, signs in COMPARISONS.items() if all(cells[cell] for cell in signs))]
-    text += ["", f"| | seconds a step of {COMMON['rollout-batch-size']} responses, median "
+            f"{lines[0]['evaluations'][0]['n']} instructions; ± is the standard error over instructions, each counted once with "
+            "its mean over the seeds, and says nothing of other seeds. Held out: a reward model of other preferences, which no "
+            "policy was trained against. Right on instructions that they did not see: the one that pays "
+            f"{right['reward']}, the one that judges {right['judge']}.", "",
+            "| | seeds | step | reward | less the start's | true KL | tokens | held out, less the start's "
+            "| wins over the start, % |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for cell, seeds in cells.items():
+        runs = list(seeds.values())
+        for k in range(1, min(map(len, runs), default=0)):
+            text.append(f"| {cell} | {', '.join(map(str, sorted(seeds)))} | {runs[0][k]['step']} | "
+                        f"{mean(runs, k, 'reward'):.2f} | {signed(gains(runs, k, 'rewards'))} | {mean(runs, k, 'true_kl'):.3f} | "
+                        f"{mean(runs, k, 'tokens'):.1f} | "
+                        f"{signed(gains(runs, k, 'judged'))} | {plain(wins(runs, k))} |")
+    text += ["", f"At step {lines[0]['evaluations'][last]['step']}, paired by seed and instruction:", "",
+             "| | seeds | by the reward model that pays | by the one held out |", "| --- | --- | --- | --- |"]
+    for words, signs in COMPARISONS.items():
+        seeds = sorted(set.intersection(*(set(cells[cell]) for cell in signs)))
+        if seeds:
+            runs = {cell: [cells[cell][seed] for seed in seeds] for cell in signs}
+            found = [signed(combined(runs, signs, last, name)) for name in ("rewards", "judged")]
+            text.append(f"| {words} | {', '.join(map(str, seeds))} | {' | '.join(found)} |")
+    text += ["", f"| | seconds a step of {COMMON['rollout-batch-size']} responses, median, other runs beside it "
              "| penalty, share of the scores' deviation |",
              "| --- | --- | --- |"]
     for cell in filter(cells.get, cells):
         own = [line for line in lines if line["cell"] == cell]
         share = statistics.mean(line["penalty"] / line["deviation"] for line in own)
         text.append(f"| {cell} | {statistics.median(line['seconds'] for line in own):.0f} | {share:.3f} |")
+    text += ["", "Every run:", "", "| | seed | step | reward, less the start's | true KL | held out, less the start's |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    for line in lines:
+        run = [line["evaluations"]]
+        text += [f"| {line['cell']} | {line['seed']} | {run[0][k]['step']} | {signed(gains(run, k, 'rewards'))} | "
+                 f"{run[0][k]['true_kl']:.3f} | {signed(gains(run, k, 'judged'))} |" for k in range(1, len(run[0]))]
     file.write_text("\n".join(text) + "\n", encoding="utf-8")
     print(f"written to {file}")
 
 
-def combined(cells: dict[str, list[list[dict]]], signs: dict[str, int], name: str) -> list[float]:
-    """Of each instruction: the sum of the cells' last values, each with its sign."""
-    last = min(len(run) for cell in signs for run in cells[cell]) - 1
-    return [sum(values) for values in zip(*([sign * value for value in by_instruction(cells[cell], last, name)]
+def combined(runs: dict[str, list[list[dict]]], signs: dict[str, int], k: int, name: str) -> list[float]:
+    """Of each instruction: the sum of the cells' values, each with its sign."""
+    return [sum(values) for values in zip(*([sign * value for value in by_instruction(runs[cell], k, name)]
                                             for cell, sign in signs.items()), strict=True)]
 
 
@@ -252,7 +263,11 @@ def main() -> None:
         writing = threading.Lock()
 
         def one(cell: str, seed: int) -> None:
-            folder = train_cell(args, cell, seed)
+            folder = args.work / f"{cell.replace(', ', '-')}-s{seed}"
+            try:
+                train_cell(args, cell, seed, folder)
+            except RuntimeError as error:  # out of memory, say: what it has evaluated counts, and the others go on
+                print(f"{cell}, seed {seed}: {error}", flush=True)
             if not read_lines(folder / "metrics.jsonl"):
                 print(f"{cell}, seed {seed}: ended before its first step, and left no line", flush=True)
                 return

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from runs import STEPS, assert_same_run, configured, records, settings, start, s
 import evaluate
 import ppo
 import train
+import training.models
 from divergences import ESTIMATORS
 from formats.tokenizer import load_tokenizer
 from lora import add_lora, load_lora, lora_layers, save_lora
@@ -24,7 +26,7 @@ from model import Llama
 from training.checkpoint import load_weights
 from training.config import FIELDS, stored_config
 from training.folder import append_line, checkpoints, cut_after
-from training.devices import resolve_devices
+from training.devices import compile_layers, resolve_devices
 from training.models import build_models
 
 
@@ -483,6 +485,18 @@ def test_the_self_check_stops_a_run_whose_reference_is_not_its_policy(world, tmp
     monkeypatch.setattr(train, "build_models", crooked)
     with pytest.raises(RuntimeError, match="self-check.*must be 0 within"):
         start(settings(world, tmp_path / "run", evaluation=None))
+    assert not checkpoints(tmp_path / "run")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_self_check_stops_a_run_whose_compiled_layers_are_not_the_plain_ones(world, tmp_path, monkeypatch, dtype):
+    """Policy and reference are wrong alike, by a compiler that hands on a layer's coordinates in reverse."""
+    def wrong(graph, _):
+        return lambda *inputs: tuple(output.flip(-1) for output in graph(*inputs))
+
+    monkeypatch.setattr(training.models, "compile_layers", partial(compile_layers, backend=wrong))
+    with pytest.raises(RuntimeError, match="self-check.*must be 0 within"):
+        start(settings(world, tmp_path / "run", evaluation=None, dtype=dtype, compile=True))
     assert not checkpoints(tmp_path / "run")
 
 
