@@ -179,9 +179,12 @@ def keep_mask(like: Tensor, dropout: float) -> Tensor:
     Sixteen random bits decide an element, so that the probability is rounded to 1/65536. On a CPU this takes a fifth of
     F.dropout's time, which draws a number for each element and was the largest cost of the adapters.
     """
-    if torch.compiler.is_compiling():  # it can't follow random_, and draws these inside the kernel that uses them
-        return (torch.rand(like.shape, device=like.device) >= round(dropout * 65536) / 65536).to(torch.uint8)
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-2**63, None)
+    if torch.compiler.is_compiling():  # it can't follow random_
+        if like.is_cuda:  # drawn inside the kernel that uses the mask
+            return (torch.rand(like.shape, device=like.device) >= round(dropout * 65536) / 65536).to(torch.uint8)
+        words = torch.randint(-2**63, 2**63 - 1, (-(-like.numel() // 4),), device=like.device)
+    else:
+        words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-2**63, None)
     drawn = words.view(torch.int16)[: like.numel()].view(like.shape)  # uniform over -32768 ... 32767
     return torch.ge(drawn, round(dropout * 65536) - 32768, out=torch.empty_like(drawn, dtype=torch.uint8))
 

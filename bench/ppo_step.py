@@ -111,7 +111,7 @@ def measure_ours(args) -> dict:
     config = PPOConfig(rollout_batch_size=args.batch, step_batch_size=args.step_batch, micro_batch_size=args.micro_batch,
                        rollout_micro_batch_size=args.rollout_micro_batch, response_length=args.response_length)
     run = RunConfig(policy=args.model, reward=args.reward, data="", policy_device=args.device, reference_device=args.device,
-                    dtype=args.dtype, steps=args.steps + 1, ppo=config)
+                    dtype=args.dtype, compile=args.compile, steps=args.steps + 1, ppo=config)
     models, prompts = random_models(args, getattr(torch, args.dtype)) if args.shape else stored_models(args, run)
     optimizer = torch.optim.Adam(models.trained(), lr=config.learning_rate, eps=config.adam_eps)
     state = State(optimizer, prompts, PromptStream(len(prompts.ids), 0), torch.Generator(args.device).manual_seed(0),
@@ -213,10 +213,12 @@ def in_turn(args) -> dict[str, list[dict]]:
     measured = ["--measure", *both, *flags("rollout_micro_batch", "shape", "reward")]
     sides = {}
     for dtype, micro in zip(args.dtypes, args.micro_batch, strict=True):
+        its = [*measured, f"--dtype={dtype}", f"--micro-batch={micro}"]
         for name, root in {dtype: ROOT, f"before, {dtype}": args.before}.items():
             if root:
-                script = str(root.resolve() / "bench" / "ppo_step.py")
-                sides[name] = [sys.executable, script, *measured, f"--dtype={dtype}", f"--micro-batch={micro}"]
+                sides[name] = [sys.executable, str(root.resolve() / "bench" / "ppo_step.py"), *its]
+        if args.compile:
+            sides[f"{dtype}, compiled"] = [*sides[dtype], "--compile"]
     if args.peer_python:
         sides["TRL"] = [args.peer_python, str(ROOT / "bench" / "peer_step.py"), *both]
     found: dict[str, list[dict]] = {side: [] for side in sides}
@@ -316,6 +318,7 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=48)
     parser.add_argument("--response-length", type=int, default=64)
     parser.add_argument("--natural", action="store_true", help="responses end at EOS, and prompts of any length are taken")
+    parser.add_argument("--compile", action="store_true", help="ours with train.py's --compile too")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
     parser.add_argument("--out", type=Path, default=None, help="file to write the tables to")

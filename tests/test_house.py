@@ -25,7 +25,7 @@ MAY_IMPORT = (  # of each storey: what of ours it may import
     | {name: EVALUATION | TRAINING | LIBRARY | FORMATS | {"tiny.annotators"} for name in PROGRAMS}
     | {name: TINY | LIBRARY for name in TINY} | {"tiny.make": TINY | LIBRARY | FORMATS | TRAINING | EVALUATION | PROGRAMS})
 # Lines, a little above what a file needs today: whoever wants more says why, in the same change.
-BUDGET = {"divergences": 165, "ppo": 765, "lora": 625, "model": 730, "reward": 836, "data": 415, "sft": 235, "train": 330,
+BUDGET = {"divergences": 165, "ppo": 765, "lora": 630, "model": 730, "reward": 836, "data": 415, "sft": 235, "train": 330,
           "evaluate": 450, "formats.tokenizer": 398, "formats.tensors": 255, "evaluation.judges": 460, "evaluation.endpoint": 275,
           "evaluation.measure": 372, "evaluation.figures": 250, "evaluation.results": 275,
           "training.models": 308, "training.folder": 290, "training.config": 283,
