@@ -145,7 +145,7 @@ class LowRank(torch.autograd.Function):
         keep = keep_mask(x, dropout) if dropout else None
         ctx.scaling = scaling / (1 - round(dropout * 65536) / 65536)  # what is kept stands for what is not
         with torch.autocast(x.device.type, enabled=False):  # it would round what is float32 on purpose, and only forward
-            low = F.linear(_kept(x, keep), lora_A).mul_(ctx.scaling)
+            low = F.linear(_kept(x, keep), lora_A) * ctx.scaling
             ctx.save_for_backward(x, lora_A, lora_B, low, keep)
             return F.linear(low, lora_B).to(x.dtype)
 

@@ -41,10 +41,8 @@ def main() -> None:
              f"commits {commits}. Foretold by the formula of that script.", "",
              "| model, bf16 | responses, tokens | peak, GiB | card | GPUs | s a step | |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
-    steps = [(found["step"]["step"], ""), (found["compiled"]["compiled"], ", --compile"),
-             *((found["small"][name], "") for name in ("tinyllama-1b", "smollm2-135m"))]
-    for values, how in steps:
-        what = (f"| {values['shape']}{how} | {values['batch']} × {values['prompt_length']} + {values['response_length']} | "
+    for values in (found["step"]["step"], *(found["small"][name] for name in ("tinyllama-1b", "smollm2-135m"))):
+        what = (f"| {values['shape']} | {values['batch']} × {values['prompt_length']} + {values['response_length']} | "
                 f"{values['peak_gib']:.1f} |")
         lines.append(f"{what} {of} | 1 | {values['seconds']:.1f} | measured |")
         cases = [("H100", 1), ("A100 80 GB", 1), ("H100", 2), ("H100", 8)] if values["peak_gib"] > 24 else [("RTX 4090", 1)]
