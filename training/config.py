@@ -78,11 +78,11 @@ class RunConfig:
                          ("auto", "float32", "bfloat16", "float16"))
     reference_dtype: str = setting("same", "placement", "", "of reference and reward (the released code: float32); same: dtype",
                                    ("same", "float32", "bfloat16", "float16"))
+    compile: bool = setting(False, "placement", "", "torch.compile fuses each layer's small operations: on a GPU less time a "
+                            "step of large models, a minute more to start; needs a C++ compiler")
     shard: str | None = setting(None, "placement", "", "torchrun: each process of a machine holds a share of the frozen weights; "
                                 "they are put together for sampling (whole) or layer by layer (in-step); auto: whole where there "
                                 "is room", ("auto", "whole", "in-step"), bare="auto")
-    compile: bool = setting(False, "placement", "", "torch.compile fuses each layer's small operations: on a GPU less time a step "
-                            "for large models and a minute more to start; needs a C++ compiler")
     tuning: str = setting("lora", "tuned weights", "", "lora, or full fine-tuning of policy and value", ("lora", "full"))
     lora_rank: int = setting(8, "tuned weights", "", "rank k of B A (Eq. 1)", low=1, high=2**16)
     lora_alpha: float = setting(64.0, "tuned weights", "", "the update is scaled by alpha / rank", above=0)
