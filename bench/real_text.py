@@ -170,8 +170,7 @@ def report(lines: list[dict], file: Path) -> None:
         for k in range(1, min(map(len, runs), default=0)):
             text.append(f"| {cell} | {', '.join(map(str, sorted(seeds)))} | {runs[0][k]['step']} | "
                         f"{mean(runs, k, 'reward'):.2f} | {signed(gains(runs, k, 'rewards'))} | {mean(runs, k, 'true_kl'):.3f} | "
-                        f"{mean(runs, k, 'tokens'):.1f} | "
-                        f"{signed(gains(runs, k, 'judged'))} | {plain(wins(runs, k))} |")
+                        f"{mean(runs, k, 'tokens'):.1f} | {signed(gains(runs, k, 'judged'))} | {plain(wins(runs, k))} |")
     text += ["", f"At step {lines[0]['evaluations'][last]['step']}, paired by seed and instruction:", "",
              "| | seeds | by the reward model that pays | by the one held out |", "| --- | --- | --- | --- |"]
     for words, signs in COMPARISONS.items():
@@ -190,9 +189,9 @@ def report(lines: list[dict], file: Path) -> None:
     text += ["", "Every run:", "", "| | seed | step | reward, less the start's | true KL | held out, less the start's |",
              "| --- | --- | --- | --- | --- | --- |"]
     for line in lines:
-        run = [line["evaluations"]]
-        text += [f"| {line['cell']} | {line['seed']} | {run[0][k]['step']} | {signed(gains(run, k, 'rewards'))} | "
-                 f"{run[0][k]['true_kl']:.3f} | {signed(gains(run, k, 'judged'))} |" for k in range(1, len(run[0]))]
+        found = line["evaluations"]
+        text += [f"| {line['cell']} | {line['seed']} | {found[k]['step']} | {signed(gains([found], k, 'rewards'))} | "
+                 f"{found[k]['true_kl']:.3f} | {signed(gains([found], k, 'judged'))} |" for k in range(1, len(found))]
     file.write_text("\n".join(text) + "\n", encoding="utf-8")
     print(f"written to {file}")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Which devices there are, and what becomes of a name that is asked for: the paper's two GPUs, or what a machine has.
 
---compile is here too, as it is for GPUs alone.
+--compile is here too: GPUs are what it is for.
 """
 
 from collections.abc import Callable
