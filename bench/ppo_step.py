@@ -326,6 +326,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     parser.add_argument("--reward", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.compile and args.shape:
+        parser.error("--compile: needs --model; the random weights of --shape stay plain")
     if len(args.micro_batch) == 1:
         args.micro_batch *= len(args.dtypes)
     if args.measure:
