@@ -19,6 +19,7 @@ from reward import RewardModel
 from training import launch
 from training.shard import Shards, machine_mesh
 
+sys.setswitchinterval(10)  # so long does Python keep its lock from gloo's threads, which must have had it when this ends
 IDS = torch.randint(3, 60, (2, 20), generator=torch.Generator().manual_seed(0))
 
 

@@ -49,7 +49,22 @@ def joined() -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=common, rank=rank, world_size=size,
                                 timeout=TIMEOUT)
     yield
-    dist.destroy_process_group()  # not after an error: the others may be gone
+    leave_together()  # not after an error: the others may be gone
+
+
+def leave_together() -> None:
+    """The end of what all processes do together: each waits here for the others, and Python's lock is free meanwhile.
+
+    gloo's threads need it to let go of what they sent, and outlive their process group, which cached meshes hold on to. One that
+    asks for it while Python shuts down takes the process with it (SIGABRT), after all its work.
+    """
+    size = dist.get_world_size()
+    with contextlib.suppress(dist.DistError):  # another that fails now doesn't undo what this one has done
+        came = common.add("came", 1)
+        if came % size == 0:
+            common.set(f"all {came // size}", "")
+        common.wait([f"all {-(-came // size)}"], timedelta(minutes=1))
+    dist.destroy_process_group()
 
 
 def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:

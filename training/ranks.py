@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ppo import Alone, NotFinite, PPOConfig, Stats
 from training import launch
-from training.launch import Lost, launched, watching
+from training.launch import launched, leave_together, watching
 
 GRACE = 20  # seconds; for a process that leaves without a word, so that another one can have it
 
@@ -221,9 +221,7 @@ def leave(error: Exception) -> None:
     if launched() and not dist.is_initialized() and not speaks():
         time.sleep(GRACE)
     elif is_everybodys(error) and here().size > 1:
-        with contextlib.suppress(Lost):
-            here().gather(lambda: None)
-            dist.destroy_process_group()
+        leave_together()
 
 
 def portable(error: Exception) -> Exception:
