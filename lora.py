@@ -133,9 +133,9 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 
 
 class LowRank(torch.autograd.Function):
-    """(x (..., in), A, B, scaling, dropout) → scaling · B A dropout(x), computed in float32, in x's dtype.
+    """(x (..., in), A, B, scaling, dropout) → scaling · B A dropout(x), float32.
 
-    In plain torch: F.linear(F.linear(F.dropout(x.float(), dropout), A) * scaling, B).to(x.dtype). Autograd would keep
+    In plain torch: F.linear(F.linear(F.dropout(x.float(), dropout), A) * scaling, B). Autograd would keep
     x.float(), its dropout and a mask for each of the four adapters of a layer; this keeps x, which they share, and one
     byte an element for the mask.
     """
@@ -147,7 +147,8 @@ class LowRank(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):  # it would round what is float32 on purpose, and only forward
             low = F.linear(_kept(x, keep), lora_A) * ctx.scaling
             ctx.save_for_backward(x, lora_A, lora_B, low, keep)
-            return F.linear(low, lora_B).to(x.dtype)
+            # The caller casts: of what .to(x.dtype) hands through here, float32, torch 2.11 compiles gradients of zero.
+            return F.linear(low, lora_B)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:

@@ -39,7 +39,7 @@ from reward import RuleError
 from training import launch, ranks, record
 from training.checkpoint import LINES, State, load_checkpoint, save_bundle, save_checkpoint
 from training.config import RunConfig, build_config, build_parser, read_config, settings_in, stored_config
-from training.devices import require_device, resolve_devices, same_kernels
+from training.devices import gradient_gap, require_device, resolve_devices, same_kernels
 from training.folder import check_run_folder, checkpoints_line, cut_after, locked, own_folder, read_lines
 from training.interrupts import Interrupts, Stopped, exit_code
 from training.models import Models, build_models, choose_dtype
@@ -237,6 +237,12 @@ def self_check(models: Models, rollout: ppo.Rollout, run: RunConfig) -> None:
     if not (ratio <= ratio_tolerance and gap <= gap_tolerance):  # NaN is none of both
         raise SelfCheckError(f"{line}: must be 0 within {ratio_tolerance} and {gap_tolerance}; masks, positions or weights "
                              "disagree")
+    if run.compile:
+        batch = rollout.micro_batch(torch.arange(min(run.ppo.micro_batch_size, len(rollout)), device=rollout.mask.device))
+        off = gradient_gap(models.policy, lambda: ppo.actor_loss(models.policy_logits, batch, run.ppo)[0])
+        line += f"; gradients of compiled layers off by {off:.1e}"
+        if not off <= (1e-2 if exact else 0.1):
+            raise SelfCheckError(f"{line} of their length: torch {torch.__version__} compiles wrong ones; leave out --compile")
     tqdm.write(line)
 
 

@@ -18,13 +18,13 @@ from divergences import ESTIMATORS, true_kl
 from lora import add_lora, keep_mask, lora_disabled, lora_layers, lora_parameters
 from model import Llama, LlamaConfig, ValueModel, generate
 from training import decode, models
-from training.devices import compile_layers
+from train import SelfCheckError
+from training.devices import compile_layers, gradient_gap
 from training.models import folded
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda:0" if torch.cuda.is_available() else "cpu"
 COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"  # without a GPU it traces, and needs no C compiler
-compiles = pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="torch 2.11 compiles wrong gradients")
 V = 50
 
 
@@ -187,7 +187,6 @@ def test_recomputed_activations_give_the_same_run(world, tmp_path):
     assert [m["score_mean"] for m in plain] == pytest.approx([m["score_mean"] for m in recomputed], abs=1e-4)
 
 
-@compiles
 def test_compiled_layers_compute_what_the_plain_ones_do():
     """Logits and gradients, padded and not, of several lengths, with adapters, without, and sampled."""
     counters.clear()
@@ -208,7 +207,6 @@ def test_compiled_layers_compute_what_the_plain_ones_do():
     assert 0 < counters["stats"]["unique_graphs"] < 8 and not counters["graph_break"]  # a layer in one piece, for all lengths
 
 
-@compiles
 def test_a_compiled_run_gives_the_plain_ones_figures(world, tmp_path, monkeypatch):
     """Without dropout, which is drawn in another order there. Policy, reference, value and reward model."""
     monkeypatch.setattr(models, "compile_layers", partial(compile_layers, backend=COMPILER))
@@ -218,6 +216,27 @@ def test_a_compiled_run_gives_the_plain_ones_figures(world, tmp_path, monkeypatc
     plain, compiled = (records(tmp_path / name / "metrics.jsonl") for name in ("plain", "compiled"))
     for name in ("score_mean", "value_loss", "policy_loss", "kl_k3"):
         assert [m[name] for m in compiled] == pytest.approx([m[name] for m in plain], rel=1e-3, abs=1e-4)
+
+
+def halving(graph, inputs):
+    """A compiler whose graphs compute what they should and hand back half of each gradient."""
+    return lambda *args: [x / 2 + (x / 2).detach() for x in graph(*args)]
+
+
+def test_wrong_gradients_of_a_compiler_are_seen_by_what_reaches_the_first_layer():
+    for backend, expected in (("eager", 0.0), (halving, 1 - 1 / 4)):  # two layers, each of which halves what passes
+        model = adapted(device=GPU)
+        compile_layers(model, backend)
+        ids, mask = batch(device=GPU)
+        gap = gradient_gap(model, lambda: model(ids, mask).logsumexp(-1)[mask.bool()].mean())  # noqa: B023
+        assert gap == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_run_stops_before_its_first_update_where_compiled_gradients_are_wrong(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "compile_layers", partial(compile_layers, backend=halving))
+    with pytest.raises(SelfCheckError, match="gradients of compiled layers off by 7.5e-01"):
+        start(settings(world, tmp_path / "run", evaluation=None, policy_device=GPU, reference_device=GPU, dtype="float32",
+                       compile=True))
 
 
 def test_compiled_dropout_keeps_the_share_that_it_should():

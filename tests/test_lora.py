@@ -700,8 +700,8 @@ def test_the_low_rank_update_and_its_gradients_are_those_of_plain_autograd(dropo
     torch.manual_seed(3)
     kept = keep_mask(x, dropout) / (1 - dropout)
     expected = 8.0 * F.linear(F.linear(plain[0].float() * kept, plain[1]), plain[2])
-    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
-    (found.float() * weights).sum().backward()
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    (found * weights).sum().backward()
     (expected * weights).sum().backward()
     for a, b in zip(fast, plain, strict=True):
         torch.testing.assert_close(a.grad.float(), b.grad.float(), atol=30 * tolerance, rtol=10 * tolerance)
@@ -764,7 +764,7 @@ def test_cast_adapters_keep_an_update_that_folding_into_bf16_weights_loses():
     with torch.no_grad():
         model[0].lora_B.normal_(std=1e-5)
     x = torch.randn(8, 64).to(torch.bfloat16)
-    update = LowRank.apply(x, model[0].lora_A, model[0].lora_B, model[0].scaling, 0.0)
+    update = LowRank.apply(x, model[0].lora_A, model[0].lora_B, model[0].scaling, 0.0).to(torch.bfloat16)
     base = model[0].weight.detach().clone()
     with lora_cast(model), torch.no_grad():
         A, B = model[0].cast
