@@ -236,7 +236,8 @@ def profile(args: SimpleNamespace) -> Found:
         step = partial(state.step, width)
         yield "decode step, one by one", {"layers": config.num_hidden_layers} | kernels(step, device)
         if decode.replays(torch.device(device)):
-            yield "decode step, replayed", {"layers": config.num_hidden_layers} | kernels(decode.record(step).replay, device)
+            replay = decode.record(step, ids.device).replay
+            yield "decode step, replayed", {"layers": config.num_hidden_layers} | kernels(replay, device)
 
     ids = torch.ones(micro, prompt, dtype=torch.long, device=device)
     answers = torch.ones(micro, response, dtype=torch.long, device=device)

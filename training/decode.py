@@ -28,6 +28,7 @@ from model import Block, KVCache, Llama, attention_bias, check_generate, eval_mo
 COLUMNS = 64   # a graph is recorded for so many columns more of the cache
 EVERY = 8      # tokens between two looks on a GPU at what has ended or gone wrong: each look waits for it
 LEAVING = 1 / 8  # of its rows must have ended on a GPU until they leave: fewer rows are another graph
+recorded: dict[torch.device, tuple[Any, Any]] = {}  # the last graph of each GPU, and the stream on which it was recorded
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Rows:
             self.graph.replay()
             return
         self.step(width)
-        self.graph, self.recorded = record(lambda: self.step(width)), (len(self.token), width)
+        self.graph, self.recorded = record(lambda: self.step(width), self.token.device), (len(self.token), width)
 
     def step(self, width: int) -> None:
         """Reads the token drawn last, looking back at `width` columns of the cache, and draws the next."""
@@ -250,13 +251,20 @@ def replays(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def record(step: Callable[[], None]) -> Any:
-    """What step would start on the GPU, to be replayed. (torch.cuda.graph would also give back all memory that torch keeps.)"""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin()
-        step()
-        graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
+def record(step: Callable[[], None], device: torch.device) -> Any:
+    """What step would start on the GPU, to be replayed. (torch.cuda.graph would also give back all memory that torch keeps.)
+
+    A recording's tensors have memory of their own, which nothing else gets before memory is short. No step needs those of
+    another, so each recording takes over the last one's, and its stream, for which products keep room to work in.
+    """
+    with torch.cuda.device(device):
+        graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool, stream = (last[0].pool(), last[1]) if (last := recorded.get(device)) else (None, torch.cuda.Stream())
+        stream.wait_stream(now)
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool)
+            step()
+            graph.capture_end()
+        now.wait_stream(stream)
+    recorded[device] = graph, stream
     return graph

@@ -140,7 +140,7 @@ def test_as_a_gpu_looks_now_and_then_nothing_changes(monkeypatch, every):
     """Its way on a CPU: rows that ended stay for a while and write padding, and whole blocks of the cache are looked at."""
     recorded = []
 
-    def record(step):
+    def record(step, device):
         recorded.append(step)
         return SimpleNamespace(replay=step)
 
