@@ -6,7 +6,7 @@
 TRL runs as it is. Only names in its trainer's module are wrapped, to see where a phase ends: `generate` is
 batch_generation, `score` all up to the first forward pass that keeps gradients, `update` the rest of the step. Policy and
 value get adapters of rank 8 and alpha 64 on q, k, v and o, the value's head trains too, the reference is the policy with
-its adapter off, and everything is float32. TRL sets LoRA's dropout to 0 by itself.
+its adapter off. Models are float32, or bfloat16 with TRL's own --bf16. TRL sets LoRA's dropout to 0 by itself.
 """
 
 import argparse
@@ -73,15 +73,17 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in ("model", "prompts", "device"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--micro-batch", type=int, default=0, help="0: a whole minibatch at once")
     parser.add_argument("--natural", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # TRL takes every pad token for padding, EOS too
-    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    value, reward = (AutoModelForSequenceClassification.from_pretrained(args.model, dtype=torch.float32, num_labels=1)
-                     for _ in range(2))
+    dtype = getattr(torch, args.dtype)
+    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    value, reward = (AutoModelForSequenceClassification.from_pretrained(args.model, dtype=dtype, num_labels=1) for _ in range(2))
     reward.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(**ADAPTERS), value)
     for name, parameter in value.named_parameters():
@@ -94,12 +96,13 @@ def main() -> None:
         ids = [one for one in ids if len(one) <= args.prompt_length]
         padding = {"padding": "max_length", "max_length": args.prompt_length}
     config = trainer_module.PPOConfig(
-        output_dir="peer-out", per_device_train_batch_size=args.batch, gradient_accumulation_steps=1,
+        output_dir="peer-out", per_device_train_batch_size=args.micro_batch or args.batch,
+        gradient_accumulation_steps=args.batch // (args.micro_batch or args.batch),
         num_mini_batches=args.batch // args.step_batch, num_ppo_epochs=2, total_episodes=args.batch * (args.steps + 1),
         response_length=args.response_length, temperature=1.0, kl_coef=0.02, learning_rate=1e-5,
         local_rollout_forward_batch_size=args.batch, num_sample_generations=0, stop_token="eos" if args.natural else None,
-        gradient_checkpointing=False, bf16=False, use_cpu=args.device == "cpu", report_to="none", save_strategy="no",
-        disable_tqdm=True)
+        gradient_checkpointing=False, bf16=args.dtype == "bfloat16", use_cpu=args.device == "cpu", report_to="none",
+        save_strategy="no", disable_tqdm=True)
     clock = Clock()
     clock.watch()
     trainer = trainer_module.PPOTrainer(

@@ -220,7 +220,8 @@ def in_turn(args) -> dict[str, list[dict]]:
         if args.compile:
             sides[f"{dtype}, compiled"] = [*sides[dtype], "--compile"]
     if args.peer_python:
-        sides["TRL"] = [args.peer_python, str(ROOT / "bench" / "peer_step.py"), *both]
+        sides[f"TRL, {args.peer_dtype}"] = [args.peer_python, str(ROOT / "bench" / "peer_step.py"), *both,
+                                            f"--dtype={args.peer_dtype}", f"--micro-batch={args.peer_micro_batch}"]
     found: dict[str, list[dict]] = {side: [] for side in sides}
     for k in range(args.rounds):
         for side, command in list(sides.items())[::-1 if k % 2 else 1]:
@@ -237,19 +238,20 @@ def median(runs: list[dict], key: str) -> float:
 
 def title(side: str) -> str:
     """A side's name in the tables."""
-    return "TRL, float32" if side == "TRL" else side if side.startswith("before") else f"ours, {side}"
+    return side if side.startswith(("before", "TRL")) else f"ours, {side}"
 
 
 def table(found: dict[str, list[dict]]) -> str:
     """Markdown: a row a side, with phases, peaks, floors and the ratio to the peer."""
+    trl = next((runs for side, runs in found.items() if side.startswith("TRL")), None)
     lines = ["| | step, s | generate | score | update | rest | peak, GiB | tokens a second | step / other's | peak / other's |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for side, runs in found.items():
-        peer = found.get("TRL") or found.get(f"before, {side}")
+        peer = trl or found.get(f"before, {side}")
         step, peak = median(runs, "step"), statistics.median(run["peak"] for run in runs)
         speed = statistics.median(run["tokens"][1] for run in runs) / median(runs, "generate")
         ratios = ["", ""]
-        if peer and side != "TRL" and not side.startswith("before"):
+        if peer and not side.startswith(("before", "TRL")):
             ratios = [f"1 / {median(peer, 'step') / step:.2f}", f"1 / {statistics.median(r['peak'] for r in peer) / peak:.2f}"]
         name = title(side)
         lines.append(f"| {name} | {step:.1f} | " + " | ".join(f"{median(runs, p):.1f}" for p in (*PHASES, "rest"))
@@ -257,7 +259,7 @@ def table(found: dict[str, list[dict]]) -> str:
     lines += ["", "| over the floor | generate | score | update | sum | matmul, GFLOP/s | copy, GB/s | far copy | weights read |",
               "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for side, runs in found.items():
-        if side == "TRL":
+        if side.startswith("TRL"):
             continue
         floor = {key: statistics.median(run["floor"][key] for run in runs) for key in runs[0]["floor"]}
         cells = [f"{median(runs, p):.1f} / {floor[p]:.1f} = {median(runs, p) / floor[p]:.2f}" for p in PHASES]
@@ -308,6 +310,8 @@ def main() -> None:
     parser.add_argument("--shape", default="", choices=("", *SHAPES), help="random weights of this shape instead of --model")
     parser.add_argument("--prompts", default="", help='JSON lines with a field "prompt"')
     parser.add_argument("--peer-python", default="", help="python of an environment with TRL; without it ours alone")
+    parser.add_argument("--peer-dtype", default="float32", choices=["bfloat16", "float32"])
+    parser.add_argument("--peer-micro-batch", type=int, default=0, help="default: a whole minibatch at once")
     parser.add_argument("--before", type=Path, default=None, help="another checkout of this project, to be measured in turn")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cpu")
