@@ -4,7 +4,7 @@ from ppo_step import PHASES
 
 def in_words(found: dict) -> str:
     """gpu.md: a table a part, and where and when each was measured."""
-    text = ["# First contact with a GPU", "", "`python bench/gpu.py`, part by part; `gpu.json` beside this file holds all of it."]
+    text = ["# First contact with a GPU", "", "`python bench/gpu.py`, part by part; the .json beside this file holds all of it."]
     for name, part in found.items():
         about = part["machine"]
         figures = {key: value for key, value in part.items() if key not in ("machine", "part_seconds", "ended")}
@@ -19,7 +19,10 @@ def in_words(found: dict) -> str:
 
 
 def tests_table(found: dict) -> list[str]:
-    return [found["tests"]["summary"], *found["tests"]["failed"]]
+    lines = []
+    for name, run in found.items():
+        lines += ["", f"{name}: {run['summary']}", *(f"- {failed}" for failed in run["failed"])]
+    return lines[1:]
 
 
 def step_table(found: dict) -> list[str]:

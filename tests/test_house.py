@@ -29,7 +29,7 @@ BUDGET = {"divergences": 165, "ppo": 765, "lora": 630, "model": 730, "reward": 8
           "evaluate": 450, "formats.tokenizer": 398, "formats.tensors": 255, "evaluation.judges": 460, "evaluation.endpoint": 275,
           "evaluation.measure": 372, "evaluation.figures": 250, "evaluation.results": 275,
           "training.models": 308, "training.folder": 290, "training.config": 283,
-          "training.stages": 345, "training.ranks": 245, "training.decode": 265}
+          "training.stages": 345, "training.ranks": 245, "training.decode": 275}
 USUAL = 235
 # A public name whose callers rely on every parameter.
 LONG_SIGNATURES = {"model.generate"}
