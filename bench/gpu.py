@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 from gpu_report import in_words  # noqa: E402
 from ppo_step import PHASES, floors, machine, random_model, random_models  # noqa: E402
 
-LIMITS = {"tests": 100, "step": 150, "compiled": 200, "sampling": 170, "profile": 60, "small": 60, "miniature": 150}  # seconds
+LIMITS = {"tests": 150, "step": 150, "compiled": 200, "sampling": 170, "profile": 60, "small": 60, "miniature": 150}  # seconds
 STARTING = 5  # seconds that a part needs to begin with: less is not tried
 MARK = "RESULT "
 TOY = dict(batch=8, step_batch=4, micro_batch=2, rollout_micro_batch=4, prompt_length=8, response_length=6)

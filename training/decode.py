@@ -28,7 +28,7 @@ from model import Block, KVCache, Llama, attention_bias, check_generate, eval_mo
 COLUMNS = 64   # a graph is recorded for so many columns more of the cache
 EVERY = 8      # tokens between two looks on a GPU at what has ended or gone wrong: each look waits for it
 LEAVING = 1 / 8  # of its rows must have ended on a GPU until they leave: fewer rows are another graph
-recorded: dict[torch.device, tuple[Any, Any]] = {}  # the last graph of each GPU, and the stream on which it was recorded
+latest: dict[torch.device, tuple[Any, Any]] = {}  # the last graph of each GPU, and the stream on which it was recorded
 
 
 @dataclass
@@ -259,12 +259,12 @@ def record(step: Callable[[], None], device: torch.device) -> Any:
     """
     with torch.cuda.device(device):
         graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        pool, stream = (last[0].pool(), last[1]) if (last := recorded.get(device)) else (None, torch.cuda.Stream())
+        pool, stream = (last[0].pool(), last[1]) if (last := latest.get(device)) else (None, torch.cuda.Stream())
         stream.wait_stream(now)
         with torch.cuda.stream(stream):
             graph.capture_begin(pool)
             step()
             graph.capture_end()
         now.wait_stream(stream)
-    recorded[device] = graph, stream
+    latest[device] = graph, stream
     return graph
