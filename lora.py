@@ -147,7 +147,7 @@ class LowRank(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):  # it would round what is float32 on purpose, and only forward
             low = F.linear(_kept(x, keep), lora_A) * ctx.scaling
             ctx.save_for_backward(x, lora_A, lora_B, low, keep)
-            # The caller casts: of what .to(x.dtype) hands through here, float32, torch 2.11 compiles gradients of zero.
+            # Cast to x's dtype by the caller: torch 2.11 compiled gradients of zero where a cast here had nothing to do.
             return F.linear(low, lora_B)
 
     @staticmethod
